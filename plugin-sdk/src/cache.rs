@@ -1,0 +1,333 @@
+//! One view's rows in guest memory: the changes of the running batch, and a bounded cache of what was used lately.
+//!
+//! Eviction goes by generations, only between batches: an entry carries the generation in which it was last used, and
+//! once half of the limit has been used in the current generation, all that was last used in an earlier one goes. That
+//! costs a fraction of a hash lookup an event, keeps what is hot, and bounds what stays from batch to batch. What one
+//! batch touches always fits, because the host bounds the batch.
+
+use std::hash::Hasher;
+use std::rc::Rc;
+
+use hashbrown::HashTable;
+use rustc_hash::FxHasher;
+
+use crate::column::value::{read_bin, write_bin, written};
+use crate::projection::Failure;
+use crate::view::{View, decode};
+use crate::views::{AnyTable, Store};
+use crate::{Error, Result};
+
+/// The operations of a change, as the contract numbers them.
+const PUT: u64 = 0;
+const DELETE: u64 = 1;
+
+/// How much a table keeps from batch to batch.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    /// Rows, and keys that are known to have none. Below 20,000 a rebuild slows down measurably (5,000 rows: by half);
+    /// far above, the memory is worth more elsewhere.
+    pub(crate) rows: usize,
+    /// Bytes of encoded rows and keys, for rows that are large. Decoded they take two to four times as much, and the
+    /// host's limit is 256 MiB an instance.
+    pub(crate) bytes: usize,
+}
+
+impl Limits {
+    /// The limits of each table of a projection with this many views.
+    pub(crate) fn for_views(views: usize) -> Self {
+        Self { rows: 65_536, bytes: (32 << 20) / views.max(1) }
+    }
+}
+
+pub(crate) struct Table<V> {
+    view: u32,
+    store: Rc<dyn Store>,
+    limits: Limits,
+    /// Indices into `entries`, by the hash of the encoded key.
+    index: HashTable<u32>,
+    entries: Vec<Entry<V>>,
+    /// The entries that this batch has changed, in the order of their first change: the order is part of the answer,
+    /// and must not depend on what the cache holds.
+    changed: Vec<u32>,
+    generation: u32,
+    /// Entries used in the current generation, and their bytes.
+    young: usize,
+    young_bytes: usize,
+    /// The encoded key of the call at work; kept for its memory.
+    key: Vec<u8>,
+    /// The encoded row while changes are written; kept for its memory.
+    row: Vec<u8>,
+}
+
+struct Entry<V> {
+    hash: u64,
+    state: State<V>,
+    /// The last event of this batch that changed the row, counted from 1. 0: as the host knows it.
+    changed_by: u32,
+    generation: u32,
+    bytes: u32,
+}
+
+/// A row holds its own key; only where there is none, the encoded key is kept.
+enum State<V> {
+    Row(V),
+    Absent(Box<[u8]>),
+}
+
+impl<V: View> State<V> {
+    /// The state of a key that is given in both ways.
+    fn is_of(&self, key: V::Key<'_>, encoded: &[u8]) -> bool {
+        match self {
+            Self::Row(row) => row.has_key(key),
+            Self::Absent(absent) => **absent == *encoded,
+        }
+    }
+}
+
+impl<V: View> Table<V> {
+    pub(crate) fn new(view: u32, store: Rc<dyn Store>, limits: Limits) -> Self {
+        Self {
+            view,
+            store,
+            limits,
+            index: HashTable::new(),
+            entries: Vec::new(),
+            changed: Vec::new(),
+            generation: 0,
+            young: 0,
+            young_bytes: 0,
+            key: Vec::new(),
+            row: Vec::new(),
+        }
+    }
+
+    /// The entry of this key, read from the host if it is not cached.
+    pub(crate) fn row(&mut self, key: V::Key<'_>) -> Result<usize> {
+        let hash = self.encode(key);
+        if let Some(entry) = self.find(hash, key) {
+            return Ok(entry);
+        }
+        let stored = self.store.get(self.view, &self.key);
+        self.insert_stored(hash, stored.as_deref())
+    }
+
+    pub(crate) fn at(&self, entry: usize) -> Option<&V> {
+        match &self.entries[entry].state {
+            State::Row(row) => Some(row),
+            State::Absent(_) => None,
+        }
+    }
+
+    pub(crate) fn put(&mut self, row: V, event: u32) -> Result<()> {
+        check(&row)?;
+        let hash = self.encode(row.key());
+        let entry = match self.find(hash, row.key()) {
+            Some(entry) => {
+                self.entries[entry].state = State::Row(row);
+                entry
+            }
+            None => self.insert(hash, State::Row(row), 0),
+        };
+        self.mark(entry, event);
+        Ok(())
+    }
+
+    pub(crate) fn delete(&mut self, key: V::Key<'_>, event: u32) {
+        let hash = self.encode(key);
+        let absent = State::Absent(self.key.as_slice().into());
+        let entry = match self.find(hash, key) {
+            Some(entry) => {
+                self.entries[entry].state = absent;
+                entry
+            }
+            None => self.insert(hash, absent, 0),
+        };
+        self.mark(entry, event);
+    }
+
+    pub(crate) fn update(&mut self, key: V::Key<'_>, event: u32, change: impl FnOnce(&mut V)) -> Result<bool> {
+        let entry = self.row(key)?;
+        let State::Row(row) = &mut self.entries[entry].state else { return Ok(false) };
+        change_row(row, key, change)?;
+        self.mark(entry, event);
+        Ok(true)
+    }
+
+    pub(crate) fn upsert(&mut self, key: V::Key<'_>, event: u32, change: impl FnOnce(&mut V)) -> Result<()>
+    where
+        V: Default,
+    {
+        let entry = self.row(key)?;
+        match &mut self.entries[entry].state {
+            State::Row(row) => change_row(row, key, change)?,
+            absent => {
+                let mut row = V::default();
+                row.set_key(key);
+                change_row(&mut row, key, change)?;
+                *absent = State::Row(row);
+            }
+        }
+        self.mark(entry, event);
+        Ok(())
+    }
+
+    pub(crate) fn load<'k>(&mut self, keys: impl IntoIterator<Item = V::Key<'k>>) -> Result<()> {
+        let mut missing: Vec<V::Key<'k>> = Vec::new();
+        let mut request = Vec::new();
+        for key in keys {
+            let hash = self.encode(key);
+            if self.find(hash, key).is_none() {
+                missing.push(key);
+                write_bin(&mut request, &self.key);
+            }
+        }
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let mut header = Vec::with_capacity(request.len() + 5);
+        written(rmp::encode::write_array_len(&mut header, missing.len() as u32));
+        header.append(&mut request);
+        let answer = self.store.get_many(self.view, &header);
+        let mut answer = answer.as_slice();
+        if rmp::decode::read_array_len(&mut answer)? as usize != missing.len() {
+            return Err(Error::msg("the host answered another number of rows than were asked for"));
+        }
+        for key in missing {
+            let stored = match answer {
+                [0xc0, tail @ ..] => {
+                    answer = tail;
+                    None
+                }
+                _ => Some(read_bin(&mut answer)?),
+            };
+            let hash = self.encode(key);
+            // A key that was named twice is there by now.
+            if self.find(hash, key).is_none() {
+                self.insert_stored(hash, stored)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Encodes the key into `self.key`, and returns its hash.
+    fn encode(&mut self, key: V::Key<'_>) -> u64 {
+        self.key.clear();
+        V::encode_key(key, &mut self.key);
+        let mut hasher = FxHasher::default();
+        hasher.write(&self.key);
+        hasher.finish()
+    }
+
+    /// The entry of the key that is also in `self.key`, from now on of the current generation.
+    fn find(&mut self, hash: u64, key: V::Key<'_>) -> Option<usize> {
+        let Self { index, entries, key: encoded, generation, young, young_bytes, .. } = self;
+        let entry = *index.find(hash, |&entry| entries[entry as usize].state.is_of(key, encoded))? as usize;
+        let found = &mut entries[entry];
+        if found.generation != *generation {
+            found.generation = *generation;
+            *young += 1;
+            *young_bytes += found.bytes as usize;
+        }
+        Some(entry)
+    }
+
+    /// A new entry for the key in `self.key`, as the host has it.
+    fn insert_stored(&mut self, hash: u64, stored: Option<&[u8]>) -> Result<usize> {
+        let state = match stored {
+            Some(row) => State::Row(decode(&self.key, row)?),
+            None => State::Absent(self.key.as_slice().into()),
+        };
+        Ok(self.insert(hash, state, stored.map_or(0, <[u8]>::len)))
+    }
+
+    /// A new entry for the key in `self.key`.
+    fn insert(&mut self, hash: u64, state: State<V>, row_bytes: usize) -> usize {
+        let bytes = (self.key.len() + row_bytes) as u32;
+        let entry = self.entries.len();
+        self.entries.push(Entry { hash, state, changed_by: 0, generation: self.generation, bytes });
+        let entries = &self.entries;
+        self.index.insert_unique(hash, entry as u32, |&entry| entries[entry as usize].hash);
+        self.young += 1;
+        self.young_bytes += bytes as usize;
+        entry
+    }
+
+    fn mark(&mut self, entry: usize, event: u32) {
+        if self.entries[entry].changed_by == 0 {
+            self.changed.push(entry as u32);
+        }
+        self.entries[entry].changed_by = event;
+    }
+
+    /// Lets go of what was not used lately, if it is time.
+    fn evict(&mut self) {
+        if self.young < self.limits.rows / 2 && self.young_bytes < self.limits.bytes / 2 {
+            return;
+        }
+        let generation = self.generation;
+        self.entries.retain(|entry| entry.generation == generation);
+        // Room for as much again, and no more: one batch may have needed far more than is to stay.
+        self.entries.shrink_to(self.limits.rows);
+        self.index.clear();
+        self.index.shrink_to(self.limits.rows, |_| 0);
+        let entries = &self.entries;
+        for (i, entry) in entries.iter().enumerate() {
+            self.index.insert_unique(entry.hash, i as u32, |&entry| entries[entry as usize].hash);
+        }
+        self.generation = generation.wrapping_add(1);
+        self.young = 0;
+        self.young_bytes = 0;
+    }
+}
+
+impl<V: View> AnyTable for Table<V> {
+    fn name(&self) -> &'static str {
+        V::SCHEMA.name
+    }
+
+    fn changed(&self) -> usize {
+        self.changed.len()
+    }
+
+    fn write_changes(&mut self, out: &mut Vec<u8>) -> Result<(), Failure> {
+        let Self { view, entries, changed, key, row: encoded, young_bytes, .. } = self;
+        for entry in changed.drain(..) {
+            let entry = &mut entries[entry as usize];
+            encoded.clear();
+            let (op, key) = match &entry.state {
+                State::Row(row) => {
+                    row.encode_row(encoded)
+                        .map_err(|error| Failure { event: entry.changed_by - 1, message: error.to_string() })?;
+                    key.clear();
+                    V::encode_key(row.key(), key);
+                    (PUT, key.as_slice())
+                }
+                State::Absent(key) => (DELETE, &**key),
+            };
+            written(rmp::encode::write_array_len(out, 4));
+            written(rmp::encode::write_uint(out, u64::from(*view)));
+            written(rmp::encode::write_uint(out, op));
+            write_bin(out, key);
+            write_bin(out, encoded);
+            entry.changed_by = 0;
+            let bytes = (key.len() + encoded.len()) as u32;
+            *young_bytes = *young_bytes + bytes as usize - entry.bytes as usize;
+            entry.bytes = bytes;
+        }
+        self.evict();
+        Ok(())
+    }
+}
+
+/// Runs the author's change on a row, and refuses what would corrupt the view.
+fn change_row<V: View>(row: &mut V, key: V::Key<'_>, change: impl FnOnce(&mut V)) -> Result<()> {
+    change(row);
+    if !row.has_key(key) {
+        return Err(Error::msg(format_args!("a change to a row of `{}` gave it another key", V::SCHEMA.name)));
+    }
+    check(row)
+}
+
+fn check<V: View>(row: &V) -> Result<()> {
+    row.check().map_err(|error| error.within(format_args!("a row of `{}`", V::SCHEMA.name)))
+}

@@ -1,0 +1,551 @@
+//! Tests a projection with plain `cargo test`: no Wasm, no host, but their wire formats.
+
+use std::any::TypeId;
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::rc::Rc;
+
+use serde::{Deserialize, Serialize};
+use serde_bytes::Bytes;
+use serde_json::{Map, Value};
+
+use crate::cache::Limits;
+use crate::column::value::{read_bin, write_bin, written};
+use crate::event::variant_for;
+use crate::projection::{Definition, Failure, Instance};
+use crate::view::decode;
+use crate::views::Store;
+use crate::{Error, Projection, Result, Timestamp, View};
+
+/// A host in miniature, for tests of a projection.
+///
+/// It gives the projection the events it subscribes to, as the host would: as an encoded batch that the projection
+/// decodes; and it keeps the rows that come back, encoded, to answer from. Positions count up for each source. An event
+/// that fails leaves everything as it was before.
+///
+/// ```
+/// use shadowbox_plugin::prelude::*;
+/// # use serde::Deserialize;
+/// # #[derive(Deserialize)]
+/// # struct Departed { carrier: String }
+/// # #[derive(Events)]
+/// # enum Fact {
+/// #     #[event("FlightDeparted", source = "flights")]
+/// #     Departed(Departed),
+/// # }
+/// # #[derive(View, Default)]
+/// # #[view(name = "carriers")]
+/// # struct Carrier {
+/// #     #[view(key)]
+/// #     carrier: String,
+/// #     departed: i64,
+/// # }
+/// # #[projection(name = "carriers", version = 1, views(Carrier))]
+/// # fn apply(event: Event<Fact>, views: &mut Views) -> Result<()> {
+/// #     let Fact::Departed(e) = event.data;
+/// #     views.upsert::<Carrier>(&e.carrier, |carrier| carrier.departed += 1)
+/// # }
+/// let kit = TestKit::new(apply)
+///     .given("flights", "FlightDeparted", json!({ "carrier": "UA" }))
+///     .given("flights", "FlightDeparted", json!({ "carrier": "UA" }));
+/// assert_eq!(kit.row::<Carrier>("UA").unwrap().departed, 2);
+/// kit.assert_pure();
+/// ```
+pub struct TestKit<P: Projection> {
+    definition: Definition,
+    store: Rc<Memory>,
+    instance: Option<Instance<P>>,
+    limits: Limits,
+    /// The next position of each source.
+    heads: BTreeMap<String, u64>,
+    /// What has been applied, for the replay.
+    applied: Vec<Delivered>,
+    changes: u64,
+}
+
+impl<P: Projection> TestKit<P> {
+    /// A kit without events or rows. `projection` is the name of the function with `#[projection]`.
+    pub fn new(projection: P) -> Self {
+        let _ = projection;
+        let definition = P::definition();
+        let limits = Limits::for_views(definition.views.len());
+        Self {
+            store: Rc::new(Memory::new(definition.views.len())),
+            definition,
+            instance: None,
+            limits,
+            heads: BTreeMap::new(),
+            applied: Vec::new(),
+            changes: 0,
+        }
+    }
+
+    /// Applies one event; `data` is its payload, such as a `json!({...})` or anything else that serializes.
+    ///
+    /// # Panics
+    ///
+    /// If the projection fails.
+    #[must_use]
+    #[track_caller]
+    pub fn given(self, source: &str, event_type: &str, data: impl Serialize) -> Self {
+        self.given_all([TestEvent::new(source, event_type, data)])
+    }
+
+    /// Applies events as one batch. Take this over [`given`](Self::given) where an id, a stream or a time matters, too.
+    ///
+    /// # Panics
+    ///
+    /// If the projection fails.
+    #[must_use]
+    #[track_caller]
+    pub fn given_all(mut self, events: impl IntoIterator<Item = TestEvent>) -> Self {
+        if let Err(error) = self.try_given(events) {
+            panic!("the projection failed: {error}");
+        }
+        self
+    }
+
+    /// Gives an event that the projection must refuse, with an error that contains `message`.
+    ///
+    /// # Panics
+    ///
+    /// If the projection applies it, or refuses it with another message.
+    #[must_use]
+    #[track_caller]
+    pub fn given_failing(mut self, source: &str, event_type: &str, data: impl Serialize, message: &str) -> Self {
+        match self.try_given([TestEvent::new(source, event_type, data)]) {
+            Ok(()) => panic!("the projection applied `{event_type}`, and should have failed with `{message}`"),
+            Err(error) if error.to_string().contains(message) => self,
+            Err(error) => panic!("the projection failed with `{error}`, and should have failed with `{message}`"),
+        }
+    }
+
+    /// Applies events as one batch, or none of them.
+    ///
+    /// # Errors
+    ///
+    /// What the projection says about the first event that it could not apply.
+    pub fn try_given(&mut self, events: impl IntoIterator<Item = TestEvent>) -> Result<()> {
+        let mut heads = self.heads.clone();
+        let mut delivered = Vec::new();
+        for event in events {
+            let head = heads.entry(event.source.clone()).or_default();
+            let position = *head;
+            *head += 1;
+            if variant_for(self.definition.subscriptions, &event.source, &event.event_type).is_some() {
+                delivered.push(event.deliver(position, self.applied.len() + delivered.len()));
+            }
+        }
+        if !delivered.is_empty() {
+            let instance = self.instance.take();
+            let mut instance = instance.unwrap_or_else(|| self.fresh_instance(&self.store));
+            // Only a success puts the instance back: after a failure it holds rows that are half changed.
+            self.changes += apply(&mut instance, &self.store, &delivered).map_err(|failure| match delivered.len() {
+                1 => Error::msg(failure.message),
+                n => Error::msg(failure.message).within(format_args!("event {} of {n}", failure.event + 1)),
+            })?;
+            self.instance = Some(instance);
+        }
+        self.applied.append(&mut delivered);
+        self.heads = heads;
+        Ok(())
+    }
+
+    /// The row with this key, if there is one.
+    pub fn row<V: View>(&self, key: V::Key<'_>) -> Option<V> {
+        let mut encoded = Vec::new();
+        V::encode_key(key, &mut encoded);
+        let row = self.store.rows.borrow()[self.view::<V>()].get(&encoded).cloned()?;
+        Some(decode(&encoded, &row).expect("a row reads back as it was written"))
+    }
+
+    /// All rows of a view, in the order of their keys.
+    pub fn rows<V: View>(&self) -> Vec<V> {
+        let stored = self.store.rows.borrow();
+        let decoded = stored[self.view::<V>()].iter().map(|(key, row)| decode(key, row));
+        let mut rows = decoded.collect::<Result<Vec<V>>>().expect("rows read back as they were written");
+        rows.sort_by(V::compare_keys);
+        rows
+    }
+
+    /// How many row changes the projection has returned, over all batches: what the host has to write.
+    pub fn changes(&self) -> u64 {
+        self.changes
+    }
+
+    /// How many rows the projection has asked the host for, because its cache did not have them.
+    pub fn lookups(&self) -> u64 {
+        self.store.lookups.get()
+    }
+
+    /// The manifest, as the host gets it.
+    pub fn manifest(&self) -> Value {
+        serde_json::from_str(&crate::manifest::of::<P>()).expect("the manifest is JSON")
+    }
+
+    /// Checks that the rows are a function of the events alone: applies them all again as one batch, one by one, and
+    /// one by one with a new instance each time, and compares the rows. A projection fails this if it keeps something
+    /// in a static, or if its rows depend on where a batch ends.
+    ///
+    /// # Panics
+    ///
+    /// If a row differs.
+    #[track_caller]
+    pub fn assert_pure(&self) -> &Self {
+        let all = self.applied.len().max(1);
+        for (how, batch, forget) in [
+            ("as one batch", all, true),
+            ("one by one", 1, false),
+            ("one by one, with a new instance for each event", 1, true),
+        ] {
+            let store = Rc::new(Memory::new(self.definition.views.len()));
+            let mut instance: Instance<P> = self.fresh_instance(&store);
+            for batch in self.applied.chunks(batch) {
+                if forget {
+                    instance = self.fresh_instance(&store);
+                }
+                if let Err(failure) = apply(&mut instance, &store, batch) {
+                    panic!("applying the events {how} fails: {}", failure.message);
+                }
+            }
+            if let Some(difference) = self.difference(&store) {
+                panic!("applying the events {how} gives other rows: {difference}");
+            }
+        }
+        self
+    }
+
+    /// Makes the cache of each view small, for tests of the cache.
+    #[cfg(test)]
+    pub(crate) fn with_cache(mut self, rows: usize) -> Self {
+        self.limits = Limits { rows, bytes: usize::MAX };
+        self
+    }
+
+    /// Drops the instance, as the host may at any time between two batches.
+    #[cfg(test)]
+    pub(crate) fn drop_instance(&mut self) {
+        self.instance = None;
+    }
+
+    fn fresh_instance(&self, store: &Rc<Memory>) -> Instance<P> {
+        let store: Rc<dyn Store> = Rc::<Memory>::clone(store);
+        Instance::new(&self.definition, &store, self.limits)
+    }
+
+    fn view<V: View>(&self) -> usize {
+        let found = self.definition.views.iter().position(|view| view.row == TypeId::of::<V>());
+        found.unwrap_or_else(|| panic!("view `{}` is not listed in views(...) of #[projection]", V::SCHEMA.name))
+    }
+
+    fn difference(&self, other: &Memory) -> Option<String> {
+        let (ours, theirs) = (self.store.rows.borrow(), other.rows.borrow());
+        for (view, (ours, theirs)) in self.definition.views.iter().zip(ours.iter().zip(theirs.iter())) {
+            for key in ours.keys().chain(theirs.keys()) {
+                let (ours, theirs) = (ours.get(key), theirs.get(key));
+                if ours != theirs {
+                    let print = |row: Option<&Vec<u8>>| row.map_or("no row".to_owned(), |row| printed(row));
+                    let (name, key) = (view.schema.name, printed(key));
+                    return Some(format!("`{name}` at {key} has {} instead of {}", print(theirs), print(ours)));
+                }
+            }
+        }
+        None
+    }
+}
+
+/// An event for a [`TestKit`]: like an event in a log, with what a test does not care about left out.
+#[derive(Clone, Debug)]
+pub struct TestEvent {
+    source: String,
+    event_type: String,
+    id: Option<String>,
+    stream: String,
+    version: u64,
+    time: Option<Timestamp>,
+    metadata: String,
+    payload: Vec<u8>,
+}
+
+impl TestEvent {
+    /// An event of this source and type, with `data` as its payload. Unless told otherwise it has an id made of its
+    /// position, no stream, version 0, no metadata, and a time one second after the event before it.
+    ///
+    /// # Panics
+    ///
+    /// If `data` cannot be turned into JSON.
+    #[must_use]
+    #[track_caller]
+    pub fn new(source: &str, event_type: &str, data: impl Serialize) -> Self {
+        Self {
+            source: source.to_owned(),
+            event_type: event_type.to_owned(),
+            id: None,
+            stream: String::new(),
+            version: 0,
+            time: None,
+            metadata: String::new(),
+            payload: serde_json::to_vec(&data).expect("the payload can be turned into JSON"),
+        }
+    }
+
+    /// Reads a CloudEvent 1.0 in its JSON form: `subject` is the stream, `sequence` the version in it.
+    ///
+    /// # Errors
+    ///
+    /// If it is not a JSON object with a source, a type and an id.
+    pub fn from_cloud_event(json: &str) -> Result<Self> {
+        #[derive(Deserialize)]
+        struct CloudEvent {
+            id: String,
+            source: String,
+            r#type: String,
+            subject: Option<String>,
+            sequence: Option<u64>,
+            time: Option<Timestamp>,
+            #[serde(default)]
+            data: Value,
+            #[serde(flatten)]
+            rest: Map<String, Value>,
+        }
+        let mut event: CloudEvent = serde_json::from_str(json)?;
+        event.rest.remove("specversion");
+        let mut read = Self::new(&event.source, &event.r#type, event.data).id(&event.id);
+        read.stream = event.subject.unwrap_or_default();
+        read.version = event.sequence.unwrap_or_default();
+        read.time = event.time;
+        if !event.rest.is_empty() {
+            read.metadata = Value::Object(event.rest).to_string();
+        }
+        Ok(read)
+    }
+
+    /// Sets the id.
+    #[must_use]
+    pub fn id(mut self, id: &str) -> Self {
+        self.id = Some(id.to_owned());
+        self
+    }
+
+    /// Sets the stream, and the version in it.
+    #[must_use]
+    pub fn stream(mut self, stream: &str, version: u64) -> Self {
+        self.stream = stream.to_owned();
+        self.version = version;
+        self
+    }
+
+    /// Sets the time, as RFC 3339.
+    ///
+    /// # Panics
+    ///
+    /// If it is not such a time.
+    #[must_use]
+    #[track_caller]
+    pub fn at(self, time: &str) -> Self {
+        match time.parse() {
+            Ok(time) => self.time(time),
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    /// Sets the time.
+    #[must_use]
+    pub fn time(mut self, time: Timestamp) -> Self {
+        self.time = Some(time);
+        self
+    }
+
+    /// Sets the metadata: the CloudEvents attributes that are no field of an event.
+    #[must_use]
+    pub fn metadata(mut self, metadata: &Value) -> Self {
+        self.metadata = metadata.to_string();
+        self
+    }
+
+    /// Sets the payload's bytes, for one that is not JSON, or not right.
+    #[must_use]
+    pub fn payload(mut self, payload: &[u8]) -> Self {
+        self.payload = payload.to_vec();
+        self
+    }
+
+    /// The event as it stands in its log. `nth` is its number among all that were applied.
+    fn deliver(mut self, position: u64, nth: usize) -> Delivered {
+        self.id.get_or_insert_with(|| format!("{}/{position}", self.source));
+        // 2000-01-01, so that a test which prints a time shows at once that nobody set it.
+        self.time.get_or_insert(Timestamp::from_micros(946_684_800_000_000 + nth as i64 * 1_000_000));
+        Delivered { position, event: self }
+    }
+}
+
+/// An event with its position, its id and its time.
+struct Delivered {
+    position: u64,
+    event: TestEvent,
+}
+
+/// The rows, encoded, as the host keeps them.
+struct Memory {
+    rows: RefCell<Vec<BTreeMap<Vec<u8>, Vec<u8>>>>,
+    lookups: Cell<u64>,
+}
+
+impl Memory {
+    fn new(views: usize) -> Self {
+        Self { rows: RefCell::new(vec![BTreeMap::new(); views]), lookups: Cell::new(0) }
+    }
+
+    /// Writes the changes of a batch, and returns how many there were. A malformed answer is an error of this crate.
+    fn commit(&self, mut changes: &[u8]) -> Result<u64> {
+        let mut views = self.rows.borrow_mut();
+        let count = rmp::decode::read_array_len(&mut changes)?;
+        for _ in 0..count {
+            assert_eq!(rmp::decode::read_array_len(&mut changes)?, 4, "a change has four parts");
+            let view: usize = rmp::decode::read_int(&mut changes)?;
+            let op: u8 = rmp::decode::read_int(&mut changes)?;
+            let (key, row) = (read_bin(&mut changes)?, read_bin(&mut changes)?);
+            match op {
+                0 => views[view].insert(key.to_vec(), row.to_vec()),
+                1 => views[view].remove(key),
+                _ => panic!("an operation is 0 or 1, and not {op}"),
+            };
+        }
+        assert!(changes.is_empty(), "nothing follows the changes");
+        Ok(count.into())
+    }
+}
+
+impl Store for Memory {
+    fn get(&self, view: u32, key: &[u8]) -> Option<Vec<u8>> {
+        self.lookups.set(self.lookups.get() + 1);
+        self.rows.borrow()[view as usize].get(key).cloned()
+    }
+
+    fn get_many(&self, view: u32, mut keys: &[u8]) -> Vec<u8> {
+        let count = rmp::decode::read_array_len(&mut keys).expect("the keys are an array");
+        let mut answer = Vec::new();
+        written(rmp::encode::write_array_len(&mut answer, count));
+        for _ in 0..count {
+            match self.get(view, read_bin(&mut keys).expect("a key is a bin")) {
+                Some(row) => write_bin(&mut answer, &row),
+                None => written(rmp::encode::write_nil(&mut answer)),
+            }
+        }
+        answer
+    }
+}
+
+/// Applies one batch and stores what comes back.
+fn apply<P: Projection>(instance: &mut Instance<P>, store: &Memory, events: &[Delivered]) -> Result<u64, Failure> {
+    let changes = instance.apply(&encode(events))?;
+    Ok(store.commit(&changes).expect("the changes are well formed"))
+}
+
+#[derive(Serialize)]
+struct Columns<'a> {
+    positions: &'a Bytes,
+    times: &'a Bytes,
+    versions: &'a Bytes,
+    sources: Vec<&'a str>,
+    source: &'a Bytes,
+    types: Vec<&'a str>,
+    r#type: &'a Bytes,
+    streams: &'a Bytes,
+    stream_ends: &'a Bytes,
+    ids: &'a Bytes,
+    id_ends: &'a Bytes,
+    payloads: &'a Bytes,
+    payload_ends: &'a Bytes,
+    metadata: &'a Bytes,
+    metadata_ends: &'a Bytes,
+}
+
+/// The batch as the host would send it.
+fn encode(events: &[Delivered]) -> Vec<u8> {
+    let mut positions = Vec::new();
+    let mut times = Vec::new();
+    let mut versions = Vec::new();
+    let (mut sources, mut types) = (Dictionary::default(), Dictionary::default());
+    let [mut streams, mut ids, mut payloads, mut metadata] = [(); 4].map(|()| (Vec::new(), Vec::new()));
+    let push = |(bytes, ends): &mut (Vec<u8>, Vec<u8>), value: &[u8]| {
+        bytes.extend_from_slice(value);
+        ends.extend((bytes.len() as u32).to_le_bytes());
+    };
+    for Delivered { position, event } in events {
+        positions.extend(position.to_le_bytes());
+        times.extend(event.time.unwrap_or_default().as_micros().to_le_bytes());
+        versions.extend(event.version.to_le_bytes());
+        sources.push(&event.source);
+        types.push(&event.event_type);
+        push(&mut streams, event.stream.as_bytes());
+        push(&mut ids, event.id.as_deref().unwrap_or_default().as_bytes());
+        push(&mut payloads, &event.payload);
+        push(&mut metadata, event.metadata.as_bytes());
+    }
+    let columns = Columns {
+        positions: Bytes::new(&positions),
+        times: Bytes::new(&times),
+        versions: Bytes::new(&versions),
+        sources: sources.names,
+        source: Bytes::new(&sources.indices),
+        types: types.names,
+        r#type: Bytes::new(&types.indices),
+        streams: Bytes::new(&streams.0),
+        stream_ends: Bytes::new(&streams.1),
+        ids: Bytes::new(&ids.0),
+        id_ends: Bytes::new(&ids.1),
+        payloads: Bytes::new(&payloads.0),
+        payload_ends: Bytes::new(&payloads.1),
+        metadata: Bytes::new(&metadata.0),
+        metadata_ends: Bytes::new(&metadata.1),
+    };
+    rmp_serde::to_vec_named(&columns).expect("a batch can be encoded")
+}
+
+#[derive(Default)]
+struct Dictionary<'a> {
+    names: Vec<&'a str>,
+    indices: Vec<u8>,
+}
+
+impl<'a> Dictionary<'a> {
+    fn push(&mut self, name: &'a str) {
+        let known = self.names.iter().position(|known| *known == name);
+        let index = known.unwrap_or_else(|| {
+            self.names.push(name);
+            self.names.len() - 1
+        });
+        self.indices.extend((index as u16).to_le_bytes());
+    }
+}
+
+/// A batch of these events, for tests of its decoding.
+#[cfg(test)]
+pub(crate) fn encoded(events: impl Iterator<Item = TestEvent>) -> Vec<u8> {
+    encode(&events.enumerate().map(|(i, event)| event.deliver(i as u64, i)).collect::<Vec<_>>())
+}
+
+/// Encoded values for people to read.
+fn printed(mut values: &[u8]) -> String {
+    let mut text = String::from("(");
+    while !values.is_empty() {
+        if text.len() > 1 {
+            text.push_str(", ");
+        }
+        let before = values;
+        match Value::deserialize(&mut rmp_serde::Deserializer::new(&mut values)) {
+            Ok(value) => text.push_str(&value.to_string()),
+            // Bytes, which JSON does not have.
+            Err(_) => {
+                values = before;
+                match read_bin(&mut values) {
+                    Ok(bytes) => bytes.iter().for_each(|byte| _ = write!(text, "{byte:02x}")),
+                    Err(_) => return format!("{before:02x?}"),
+                }
+            }
+        }
+    }
+    text + ")"
+}

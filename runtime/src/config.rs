@@ -1,0 +1,277 @@
+//! Configuration in two stages: [`Written`] is what a person wrote (file and flags), [`Config`] is what the program
+//! uses, complete and validated. Every default and every limit of Shadowbox is in this file, with its reason.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::Deserialize;
+
+/// Limits that nobody has needed to change yet. They bound what a plugin, a producer or a reader can cost.
+pub mod limits {
+    use std::time::Duration;
+
+    /// A manifest's JSON, bytes. The largest that 64 views of 256 columns can need is below this.
+    pub const MANIFEST_BYTES: usize = 4 << 20;
+    /// Views of one projection.
+    pub const VIEWS: usize = 64;
+    /// Columns of one view; well below SQLite's 2,000 and Postgres's 1,600.
+    pub const COLUMNS: usize = 256;
+    /// Sources of one projection; merging looks at each for every event.
+    pub const SOURCES: usize = 64;
+    /// An encoded key, bytes. SQLite stores keys beyond a quarter of a page in overflow pages, which is slow.
+    pub const KEY_BYTES: usize = 1 << 10;
+    /// An encoded row without its key, bytes.
+    pub const ROW_BYTES: usize = 1 << 20;
+    /// What one `apply` may return, bytes. Must be well below the guest's memory.
+    pub const CHANGES_BYTES: usize = 64 << 20;
+    /// A module file, bytes. The examples have about 200 KB.
+    pub const MODULE_BYTES: u64 = 64 << 20;
+    /// An event's payload and metadata together, bytes; NATS and Kafka have 1 MiB by default.
+    pub const EVENT_BYTES: usize = 1 << 20;
+    /// An event's source, type, id or stream, bytes.
+    pub const EVENT_NAME_BYTES: usize = 1 << 10;
+    /// Captured standard output and standard error of a plugin, bytes for one batch; the rest is dropped and counted.
+    pub const PLUGIN_OUTPUT_BYTES: usize = 16 << 10;
+    /// How long an invalid or missing module file must stay so before that is acted upon. Writers that truncate and
+    /// write, or unlink and link, need less; a person who waits for the refusal does not notice.
+    pub const FOLDER_SETTLE: Duration = Duration::from_millis(400);
+    /// How often the watched folder is read even if no notification came: file systems without notifications, and
+    /// symlinks whose targets change elsewhere.
+    pub const FOLDER_RESCAN: Duration = Duration::from_secs(1);
+    /// How often the log is looked at for events that another process appended. The look costs 2 us.
+    pub const LOG_POLL: Duration = Duration::from_millis(5);
+    /// How long a writer waits for another process's lock on a database.
+    pub const DATABASE_BUSY: Duration = Duration::from_secs(10);
+    /// Events in one transaction of an append.
+    pub const APPEND_EVENTS: usize = 10_000;
+    /// Bytes of events in one transaction of an append.
+    pub const APPEND_BYTES: usize = 16 << 20;
+    /// How many times a projection starts again from its last commit after an error of the host's (a busy or full
+    /// disk, say) without having made progress. With [`RETRY_FIRST`] doubling each time: 6 seconds in all.
+    pub const RETRIES: u32 = 6;
+    /// The wait before the first retry.
+    pub const RETRY_FIRST: Duration = Duration::from_millis(100);
+    /// Databases that SQLite attaches to one connection, and so live projections in one SQL query.
+    pub const ATTACHED: usize = 10;
+    /// Readers' connections to one view file.
+    pub const READERS: u32 = 4;
+    /// How long a reader's query may run, and how long it may wait for a connection. Beyond that it is a report, which
+    /// belongs on the SQLite file itself.
+    pub const QUERY_TIME: Duration = Duration::from_secs(10);
+    /// An answer's rows, bytes. With all readers of a file busy, four times this is in memory.
+    pub const ANSWER_BYTES: usize = 64 << 20;
+    /// Events behind the head that still count as current in `/readyz` while a rebuild runs. Fewer than one batch has,
+    /// so that a moment's work does not look like an outage.
+    pub const READY_LAG: u64 = 1_000;
+    /// How long a clean stop may take before the process leaves anyway. Every commit is atomic, so nothing is lost.
+    pub const SHUTDOWN: Duration = Duration::from_secs(10);
+}
+
+/// What the program uses.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The data directory.
+    pub data: PathBuf,
+    /// The watched folder of modules.
+    pub plugins: PathBuf,
+    /// Where HTTP listens. Port 0 takes a free one.
+    pub listen: SocketAddr,
+    /// Former generations that are kept for a rollback, each with its own file.
+    pub keep_generations: usize,
+    /// How events are batched and committed.
+    pub batch: BatchLimits,
+    /// What a plugin may use.
+    pub sandbox: SandboxLimits,
+    /// What a reader may ask for.
+    pub http: HttpLimits,
+}
+
+/// How events are batched and committed.
+#[derive(Clone, Copy, Debug)]
+pub struct BatchLimits {
+    /// Events handed to a plugin in one call, at most. More amortises the call (80 ns), but costs memory and makes the
+    /// deadline coarser.
+    pub events: usize,
+    /// Bytes of events handed over in one call, unless one event alone is larger.
+    pub bytes: usize,
+    /// Changed rows that are collected before a commit while catching up. A transaction of 50,000 rows costs
+    /// 1 us a row, one of 1,000 costs 7 us.
+    pub commit_rows: usize,
+    /// Bytes of changed rows that are collected before a commit.
+    pub commit_bytes: usize,
+    /// The longest that a change waits for its commit while catching up; at the head nothing waits.
+    pub commit_interval: Duration,
+}
+
+/// What a plugin may use.
+#[derive(Clone, Copy, Debug)]
+pub struct SandboxLimits {
+    /// Linear memory of one instance, bytes.
+    pub memory: usize,
+    /// How long one call may run.
+    pub deadline: Duration,
+}
+
+/// What a reader may ask for.
+#[derive(Clone, Copy, Debug)]
+pub struct HttpLimits {
+    /// Rows in one answer. A query without `limit` gets at most this many, and `Content-Range` says so.
+    pub max_rows: u64,
+    /// How long a reader that asks for a position waits for it if it does not say.
+    pub default_wait: Duration,
+    /// The longest that a reader may ask to wait.
+    pub max_wait: Duration,
+    /// The largest body of `POST /events`, bytes.
+    pub max_body: usize,
+}
+
+/// What a person wrote. Absent means the default.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "each field is described in Config, where it gets its value")]
+pub struct Written {
+    pub data: Option<PathBuf>,
+    pub plugins: Option<PathBuf>,
+    pub listen: Option<String>,
+    pub keep_generations: Option<usize>,
+    #[serde(default)]
+    pub batch: WrittenBatch,
+    #[serde(default)]
+    pub sandbox: WrittenSandbox,
+    #[serde(default)]
+    pub http: WrittenHttp,
+}
+
+/// `[batch]`
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "each field is described in BatchLimits")]
+pub struct WrittenBatch {
+    pub events: Option<usize>,
+    pub bytes: Option<usize>,
+    pub commit_rows: Option<usize>,
+    pub commit_bytes: Option<usize>,
+    pub commit_interval_ms: Option<u64>,
+}
+
+/// `[sandbox]`
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "each field is described in SandboxLimits")]
+pub struct WrittenSandbox {
+    pub memory_mb: Option<usize>,
+    pub deadline_ms: Option<u64>,
+}
+
+/// `[http]`
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "each field is described in HttpLimits")]
+pub struct WrittenHttp {
+    pub max_rows: Option<u64>,
+    pub default_wait_ms: Option<u64>,
+    pub max_wait_ms: Option<u64>,
+    pub max_body_mb: Option<usize>,
+}
+
+/// Why a configuration is refused.
+#[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the messages say it")]
+pub enum Error {
+    #[error("cannot read the configuration file {path:?}: {error}")]
+    Read { path: PathBuf, error: std::io::Error },
+    #[error("the configuration file {path:?} is not valid: {error}")]
+    Parse { path: PathBuf, error: Box<toml::de::Error> },
+    #[error("{key} = {value} is not valid; use {allowed}")]
+    Value { key: &'static str, value: String, allowed: String },
+}
+
+impl Written {
+    /// Reads a file. Unknown keys are errors.
+    pub fn read(path: &Path) -> Result<Written, Error> {
+        let text = std::fs::read_to_string(path).map_err(|error| Error::Read { path: path.to_owned(), error })?;
+        toml::from_str(&text).map_err(|error| Error::Parse { path: path.to_owned(), error: Box::new(error) })
+    }
+
+    /// Fills in the defaults and validates.
+    pub fn validate(self) -> Result<Config, Error> {
+        let listen = self.listen.unwrap_or_else(|| "127.0.0.1:7070".into());
+        let listen = listen.parse().map_err(|_| Error::Value {
+            key: "listen",
+            value: format!("{listen:?}"),
+            allowed: "an address and a port like 127.0.0.1:7070".into(),
+        })?;
+        let (b, s, h) = (self.batch, self.sandbox, self.http);
+        Ok(Config {
+            data: self.data.unwrap_or_else(|| "shadowbox-data".into()),
+            plugins: self.plugins.unwrap_or_else(|| "plugins".into()),
+            listen,
+            keep_generations: within("keep_generations", self.keep_generations, 1, 0, 100)?,
+            batch: BatchLimits {
+                // Beyond 65,536 the dictionaries' 16-bit indexes could overflow.
+                events: within("batch.events", b.events, 4096, 1, 65_536)?,
+                bytes: within("batch.bytes", b.bytes, 4 << 20, 1, 64 << 20)?,
+                commit_rows: within("batch.commit_rows", b.commit_rows, 50_000, 1, 1_000_000)?,
+                commit_bytes: within("batch.commit_bytes", b.commit_bytes, 32 << 20, 1, 1 << 30)?,
+                commit_interval: ms(within("batch.commit_interval_ms", b.commit_interval_ms, 1000, 0, 60_000)?),
+            },
+            sandbox: SandboxLimits {
+                memory: within("sandbox.memory_mb", s.memory_mb, 256, 2, 4096)? << 20,
+                // A batch takes a few milliseconds; this only has to tell slow from endless.
+                deadline: ms(within("sandbox.deadline_ms", s.deadline_ms, 10_000, 10, 600_000)?),
+            },
+            http: HttpLimits {
+                max_rows: within("http.max_rows", h.max_rows, 10_000, 1, 10_000_000)?,
+                default_wait: ms(within("http.default_wait_ms", h.default_wait_ms, 5_000, 0, 60_000)?),
+                max_wait: ms(within("http.max_wait_ms", h.max_wait_ms, 60_000, 0, 600_000)?),
+                max_body: within("http.max_body_mb", h.max_body_mb, 16, 1, 1024)? << 20,
+            },
+        })
+    }
+}
+
+fn within<T: PartialOrd + std::fmt::Display>(
+    key: &'static str,
+    written: Option<T>,
+    default: T,
+    min: T,
+    max: T,
+) -> Result<T, Error> {
+    match written {
+        None => Ok(default),
+        Some(value) if value >= min && value <= max => Ok(value),
+        Some(value) => {
+            Err(Error::Value { key, value: value.to_string(), allowed: format!("a number from {min} to {max}") })
+        }
+    }
+}
+
+fn ms(milliseconds: u64) -> Duration {
+    Duration::from_millis(milliseconds)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(toml: &str) -> Result<Config, String> {
+        let written: Written = toml::from_str(toml).map_err(|e| e.to_string())?;
+        written.validate().map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn an_empty_file_is_the_defaults_and_bad_values_are_named() {
+        assert_eq!(check("").unwrap().listen.to_string(), "127.0.0.1:7070");
+        assert_eq!(check("[sandbox]\nmemory_mb = 64").unwrap().sandbox.memory, 64 << 20);
+        for (toml, expected) in [
+            ("plugin = \"x\"", "unknown field `plugin`"),
+            ("[batch]\nevent = 1", "unknown field `event`"),
+            ("listen = \"localhost\"", "listen = \"localhost\" is not valid; use an address"),
+            ("[sandbox]\nmemory_mb = 1", "sandbox.memory_mb = 1 is not valid; use a number from 2 to 4096"),
+        ] {
+            let error = check(toml).unwrap_err();
+            assert!(error.contains(expected), "{toml}: {error}");
+        }
+    }
+}

@@ -1,0 +1,353 @@
+//! What a plugin declares about itself: its projection's name and version, what it subscribes to, its views.
+//!
+//! The JSON form and its rules are described at `describe` in `wit/projection.wit`. A [`Manifest`] is always valid.
+
+use globset::{Glob, GlobSet, GlobSetBuilder};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::config::limits;
+use crate::model::BatchColumn;
+
+/// The version of `wit/projection.wit` that this host speaks.
+pub const CONTRACT: &str = "0.1.0";
+
+/// A validated manifest.
+#[derive(Clone, Debug)]
+pub struct Manifest {
+    /// The projection's name.
+    pub projection: String,
+    /// The projection's version, 1 or more.
+    pub version: u32,
+    /// What it subscribes to, by source name.
+    pub sources: Vec<Subscription>,
+    /// Its views, in the order by which plugins number them.
+    pub views: Vec<ViewSchema>,
+    /// The optional batch columns that the plugin reads.
+    pub batch: Vec<BatchColumn>,
+    /// The JSON that the plugin gave.
+    pub json: String,
+}
+
+/// One source and the event types that are wanted of it.
+#[derive(Clone, Debug)]
+pub struct Subscription {
+    /// The source's exact name.
+    pub source: String,
+    /// The globs as declared; empty for all types.
+    pub types: Vec<String>,
+    matcher: GlobSet,
+}
+
+impl Subscription {
+    /// True if events of this type are wanted.
+    pub fn wants(&self, event_type: &str) -> bool {
+        self.types.is_empty() || self.matcher.is_match(event_type)
+    }
+}
+
+/// A view as declared: one table.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ViewSchema {
+    /// The view's name, unique in a runtime.
+    pub name: String,
+    /// All columns, in order.
+    pub columns: Vec<Column>,
+    /// Names of the key's columns, in order.
+    pub key: Vec<String>,
+    /// Secondary indexes, each a list of column names.
+    #[serde(default)]
+    pub indexes: Vec<Vec<String>>,
+}
+
+/// A column of a view.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Column {
+    /// The column's name.
+    pub name: String,
+    /// What it holds.
+    #[serde(rename = "type")]
+    pub kind: ColumnType,
+    /// Whether it may be absent.
+    #[serde(default)]
+    pub nullable: bool,
+}
+
+/// What a column holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[expect(missing_docs, reason = "the names say it; wit/projection.wit gives the ranges")]
+pub enum ColumnType {
+    Text,
+    Integer,
+    Real,
+    Boolean,
+    Bytes,
+    Timestamp,
+    Json,
+    Uuid,
+    Decimal,
+}
+
+impl ColumnType {
+    /// The name in a manifest.
+    pub fn name(self) -> &'static str {
+        match self {
+            ColumnType::Text => "text",
+            ColumnType::Integer => "integer",
+            ColumnType::Real => "real",
+            ColumnType::Boolean => "boolean",
+            ColumnType::Bytes => "bytes",
+            ColumnType::Timestamp => "timestamp",
+            ColumnType::Json => "json",
+            ColumnType::Uuid => "uuid",
+            ColumnType::Decimal => "decimal",
+        }
+    }
+
+    /// Reals, JSON and decimals have several spellings of one value, so they cannot identify a row.
+    fn can_be_key(self) -> bool {
+        !matches!(self, ColumnType::Real | ColumnType::Json | ColumnType::Decimal)
+    }
+}
+
+impl ViewSchema {
+    /// The index of a column.
+    pub fn column(&self, name: &str) -> Option<usize> {
+        self.columns.iter().position(|c| c.name == name)
+    }
+
+    /// Indexes of the key's columns, in the key's order.
+    pub fn key_columns(&self) -> Vec<usize> {
+        self.key.iter().map(|k| self.column(k).expect("validated")).collect()
+    }
+
+    /// Indexes of the other columns, in order.
+    pub fn value_columns(&self) -> Vec<usize> {
+        (0..self.columns.len()).filter(|&i| !self.key.contains(&self.columns[i].name)).collect()
+    }
+}
+
+/// Why a manifest is refused: a sentence for the plugin's author.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct Error(String);
+
+macro_rules! ensure {
+    ($condition:expr, $($message:tt)+) => {
+        if !$condition {
+            return Err(Error(format!($($message)+)));
+        }
+    };
+}
+
+#[derive(Deserialize)]
+struct Written {
+    contract: String,
+    projection: String,
+    version: u32,
+    sources: Vec<WrittenSource>,
+    views: Vec<ViewSchema>,
+    batch: Option<Vec<BatchColumn>>,
+}
+
+#[derive(Deserialize)]
+struct WrittenSource {
+    source: String,
+    #[serde(default)]
+    types: Vec<String>,
+}
+
+impl Manifest {
+    /// Reads and validates the JSON that a plugin's `describe` returned.
+    pub fn parse(json: &str) -> Result<Manifest, Error> {
+        ensure!(
+            json.len() <= limits::MANIFEST_BYTES,
+            "the manifest is {} bytes long; the limit is {}",
+            json.len(),
+            limits::MANIFEST_BYTES
+        );
+        let written: Written =
+            serde_json::from_str(json).map_err(|e| Error(format!("the manifest is not valid: {e}")))?;
+        ensure!(
+            written.contract == CONTRACT,
+            "the manifest is written for contract {}; this runtime speaks {CONTRACT}",
+            written.contract
+        );
+        name("projection", &written.projection, "-_")?;
+        ensure!(written.version >= 1, "the projection's version is 0; begin with 1");
+        let mut views: Vec<&str> = Vec::new();
+        ensure!(!written.views.is_empty(), "the projection has no views");
+        ensure!(
+            written.views.len() <= limits::VIEWS,
+            "the projection has {} views; the limit is {}",
+            written.views.len(),
+            limits::VIEWS
+        );
+        for view in &written.views {
+            validate_view(view)?;
+            ensure!(!views.contains(&view.name.as_str()), "view {:?} is declared twice", view.name);
+            views.push(&view.name);
+        }
+        let all = || {
+            use BatchColumn::*;
+            vec![Versions, Streams, Ids, Payloads, Metadata]
+        };
+        Ok(Manifest {
+            projection: written.projection,
+            version: written.version,
+            sources: subscriptions(written.sources)?,
+            batch: written.batch.unwrap_or_else(all),
+            views: written.views,
+            json: json.to_owned(),
+        })
+    }
+
+    /// A digest of the views' shape and of the sources: two modules with the same projection version and the same
+    /// digest may go on from one another's rows. A new source means that events of the past are missing from the rows,
+    /// so it counts as another shape; so does a new event type.
+    pub fn schema_digest(&self) -> String {
+        let sources: Vec<_> = self.sources.iter().map(|s| (&s.source, &s.types)).collect();
+        let shape = serde_json::to_vec(&(&self.views, sources)).expect("plain data");
+        hex(&Sha256::digest(shape))[..16].to_owned()
+    }
+
+    /// The subscription to a source.
+    pub fn subscription(&self, source: &str) -> Option<&Subscription> {
+        self.sources.iter().find(|s| s.source == source)
+    }
+}
+
+/// Lower-case hexadecimal.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+fn subscriptions(written: Vec<WrittenSource>) -> Result<Vec<Subscription>, Error> {
+    ensure!(!written.is_empty(), "the projection subscribes to no source");
+    ensure!(
+        written.len() <= limits::SOURCES,
+        "the projection subscribes to {} sources; the limit is {}",
+        written.len(),
+        limits::SOURCES
+    );
+    let mut sources: Vec<Subscription> = Vec::new();
+    for WrittenSource { source, mut types } in written {
+        ensure!(!source.is_empty(), "a source has an empty name");
+        ensure!(!sources.iter().any(|s| s.source == source), "source {source:?} is listed twice");
+        types.sort();
+        types.dedup();
+        let mut matcher = GlobSetBuilder::new();
+        for pattern in &types {
+            let glob = Glob::new(pattern).map_err(|e| Error(format!("event type {pattern:?} is not a glob: {e}")))?;
+            matcher.add(glob);
+        }
+        let matcher = matcher.build().map_err(|e| Error(format!("the event types of {source:?}: {e}")))?;
+        sources.push(Subscription { source, types, matcher });
+    }
+    sources.sort_by(|a, b| a.source.cmp(&b.source));
+    Ok(sources)
+}
+
+fn validate_view(view: &ViewSchema) -> Result<(), Error> {
+    name("view", &view.name, "_")?;
+    ensure!(
+        view.columns.len() <= limits::COLUMNS,
+        "view {:?} has {} columns; the limit is {}",
+        view.name,
+        view.columns.len(),
+        limits::COLUMNS
+    );
+    for (i, column) in view.columns.iter().enumerate() {
+        name("column", &column.name, "_")?;
+        ensure!(
+            view.column(&column.name) == Some(i),
+            "column {:?} of view {:?} is declared twice",
+            column.name,
+            view.name
+        );
+    }
+    ensure!(!view.key.is_empty(), "view {:?} has no key", view.name);
+    for (i, key) in view.key.iter().enumerate() {
+        let Some(column) = view.column(key).map(|i| &view.columns[i]) else {
+            return Err(Error(format!("key {key:?} of view {:?} is not one of its columns", view.name)));
+        };
+        ensure!(!view.key[..i].contains(key), "column {key:?} is twice in the key of view {:?}", view.name);
+        ensure!(!column.nullable, "key column {key:?} of view {:?} is nullable; a key must always be there", view.name);
+        ensure!(
+            column.kind.can_be_key(),
+            "key column {key:?} of view {:?} is of type {}; a key can be text, integer, boolean, bytes, timestamp or uuid",
+            view.name,
+            column.kind.name()
+        );
+    }
+    for column in view.indexes.iter().flatten() {
+        ensure!(
+            view.column(column).is_some(),
+            "index column {column:?} of view {:?} is not one of its columns",
+            view.name
+        );
+    }
+    ensure!(view.indexes.iter().all(|i| !i.is_empty()), "view {:?} has an index without columns", view.name);
+    Ok(())
+}
+
+fn name(what: &str, name: &str, extra: &str) -> Result<(), Error> {
+    let valid = (1..=63).contains(&name.len())
+        && name.starts_with(|c: char| c.is_ascii_lowercase())
+        && name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || extra.contains(c));
+    ensure!(
+        valid && !name.starts_with("sqlite_"),
+        "{what} name {name:?} is not valid; use 1 to 63 of a-z, 0-9 and {}, beginning with a letter",
+        if extra.len() > 1 { "- _" } else { "_" }
+    );
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn valid() -> serde_json::Value {
+        json!({
+            "contract": CONTRACT, "projection": "p", "version": 1,
+            "sources": [{"source": "flights", "types": ["Flight*"]}, {"source": "fleet"}],
+            "views": [{"name": "v", "columns": [{"name": "k", "type": "text"}, {"name": "x", "type": "real"}], "key": ["k"]}],
+            "something_new": true,
+        })
+    }
+
+    #[test]
+    fn a_valid_manifest_is_read() {
+        let manifest = Manifest::parse(&valid().to_string()).unwrap();
+        assert!(manifest.subscription("flights").unwrap().wants("FlightDeparted"));
+        assert!(!manifest.subscription("flights").unwrap().wants("Weather"));
+        assert!(manifest.subscription("fleet").unwrap().wants("Anything"));
+    }
+
+    #[test]
+    fn each_refusal_names_the_value() {
+        let cases = [
+            ("/contract", json!("9.0.0"), "contract 9.0.0"),
+            ("/projection", json!("Über"), "\"Über\""),
+            ("/version", json!(0), "version is 0"),
+            ("/sources", json!([]), "no source"),
+            ("/sources/1/source", json!("flights"), "\"flights\" is listed twice"),
+            ("/sources/0/types/0", json!("a{"), "\"a{\" is not a glob"),
+            ("/views", json!([]), "no views"),
+            ("/views/0/name", json!("sqlite_x"), "\"sqlite_x\""),
+            ("/views/0/columns/1/name", json!("k"), "\"k\" of view \"v\" is declared twice"),
+            ("/views/0/columns/1/type", json!("money"), "money"),
+            ("/views/0/key", json!([]), "no key"),
+            ("/views/0/key/0", json!("z"), "\"z\""),
+            ("/views/0/key/0", json!("x"), "of type real"),
+        ];
+        for (path, value, expected) in cases {
+            let mut manifest = valid();
+            *manifest.pointer_mut(path).unwrap() = value;
+            let error = Manifest::parse(&manifest.to_string()).unwrap_err().to_string();
+            assert!(error.contains(expected), "{path}: {error}");
+        }
+    }
+}

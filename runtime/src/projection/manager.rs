@@ -1,0 +1,462 @@
+//! One projection: does what its lifecycle says, one thing after the other.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::path::PathBuf;
+use std::sync::{Arc, RwLock};
+
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::lifecycle::{Action, Building, Input, Live, ModuleId, State};
+use super::worker::{Command, Course, Job, Notice, Progress, Worker};
+use super::Error;
+use crate::config::Config;
+use crate::log::EventLog;
+use crate::manifest::ViewSchema;
+use crate::model::Checkpoint;
+use crate::plugin::{self, Engine, Module};
+use crate::view::{Catalogue, GenerationRecord, Order, ProjectionRecord, Role};
+
+/// What all projections of a runtime share.
+pub struct Shared {
+    /// The event log.
+    pub log: EventLog,
+    /// Which generations there are.
+    pub catalogue: Catalogue,
+    /// Compiles modules.
+    pub engine: Engine,
+    /// Where stored modules are.
+    pub modules: PathBuf,
+    /// Everything that can be set.
+    pub config: Config,
+    /// The live views, by name.
+    pub views: RwLock<Arc<BTreeMap<String, LiveView>>>,
+    /// The projections as they were after their last change, by name.
+    pub snapshots: RwLock<BTreeMap<String, Snapshot>>,
+}
+
+/// What a reader needs to know of a live view.
+#[derive(Clone)]
+pub struct LiveView {
+    /// Its columns and key.
+    pub schema: Arc<ViewSchema>,
+    /// The projection that maintains it.
+    pub projection: String,
+    /// The live generation's number.
+    pub generation: u64,
+    /// The generation's SQLite file.
+    pub file: PathBuf,
+    /// Names of the sources that feed it.
+    pub sources: Vec<String>,
+    /// Follows the checkpoint that is committed in the file.
+    pub checkpoint: watch::Receiver<Arc<Checkpoint>>,
+}
+
+/// A projection at a moment; what moves all the time is behind the channels.
+#[derive(Clone)]
+pub struct Snapshot {
+    /// The module's file name; None if there is none in the folder.
+    pub file: Option<String>,
+    /// Where the lifecycle stands.
+    pub state: State,
+    /// The live generation.
+    pub live: Option<SnapshotGeneration>,
+    /// The generation being built.
+    pub building: Option<SnapshotGeneration>,
+    /// Why the module in the folder is not the one that runs.
+    pub refused: Option<String>,
+}
+
+/// A generation at a moment.
+#[derive(Clone)]
+pub struct SnapshotGeneration {
+    /// What the catalogue says.
+    pub record: GenerationRecord,
+    /// How far it has come.
+    pub progress: watch::Receiver<Arc<Progress>>,
+    /// Its checkpoint.
+    pub checkpoint: watch::Receiver<Arc<Checkpoint>>,
+}
+
+enum Message {
+    Wanted(Option<(String, Module)>),
+    Rebuild(oneshot::Sender<Result<u64, String>>),
+    Stop(oneshot::Sender<()>),
+}
+
+/// A handle on a running projection.
+#[derive(Clone)]
+pub struct Manager {
+    messages: mpsc::UnboundedSender<Message>,
+}
+
+impl Manager {
+    /// Takes over what the catalogue has of a projection; nothing is followed before a module is wanted.
+    pub fn start(name: &str, record: Option<ProjectionRecord>, shared: Arc<Shared>) -> Manager {
+        let (messages, inbox) = mpsc::unbounded_channel();
+        let (notices, from_workers) = mpsc::unbounded_channel();
+        let generation = |role| record.as_ref().and_then(|r| r.role(role).cloned()).map(Slot::new);
+        let (live, building) = (generation(Role::Live), generation(Role::Building));
+        let state = State {
+            live: live.as_ref().map_or(Live::None, |slot| Live::Stopped(slot.id())),
+            building: building.as_ref().map_or(Building::None, |slot| Building::Stopped(slot.id())),
+        };
+        let former = record.iter().flat_map(|r| &r.generations).filter(|g| g.role == Role::Former);
+        let former = former.map(|g| g.number).collect();
+        let name = name.to_owned();
+        let mut running = Running {
+            name,
+            state,
+            live,
+            building,
+            former,
+            modules: HashMap::new(),
+            file: None,
+            refused: None,
+            notices,
+            workers: 0,
+            shared,
+        };
+        running.publish();
+        tokio::spawn(running.run(inbox, from_workers));
+        Manager { messages }
+    }
+
+    /// The folder has this file with this module for the projection now, or none any more.
+    pub fn want(&self, module: Option<(String, Module)>) {
+        // A manager ends only when everything stops.
+        let _ = self.messages.send(Message::Wanted(module));
+    }
+
+    /// Begins a rebuild, unless one is running; answers its generation's number, or why there cannot be one.
+    pub async fn rebuild(&self) -> Result<u64, String> {
+        let (reply, answer) = oneshot::channel();
+        let stopping = || "the runtime is stopping".to_owned();
+        self.messages.send(Message::Rebuild(reply)).map_err(|_| stopping())?;
+        answer.await.unwrap_or_else(|_| Err(stopping()))
+    }
+
+    /// Stops all workers after their running batch.
+    pub async fn stop(&self) {
+        let (reply, done) = oneshot::channel();
+        if self.messages.send(Message::Stop(reply)).is_ok() {
+            let _ = done.await;
+        }
+    }
+}
+
+/// A generation and whoever follows for it.
+struct Slot {
+    record: GenerationRecord,
+    worker: Option<Worker>,
+    progress: Arc<watch::Sender<Arc<Progress>>>,
+    checkpoint: Arc<watch::Sender<Arc<Checkpoint>>>,
+}
+
+impl Slot {
+    fn new(record: GenerationRecord) -> Slot {
+        // A file that is not there yet has no checkpoint; one that cannot be read shows when it is opened for writing.
+        let stored = record.file.exists().then(|| Order::open(&record.file).and_then(|order| order.checkpoint()));
+        let checkpoint = stored.and_then(Result::ok).unwrap_or_default();
+        Slot {
+            record,
+            worker: None,
+            progress: Arc::new(watch::Sender::new(Arc::default())),
+            checkpoint: Arc::new(watch::Sender::new(Arc::new(checkpoint))),
+        }
+    }
+
+    fn id(&self) -> ModuleId {
+        id(&self.record.module, &self.record.manifest)
+    }
+
+    async fn stop(&mut self) {
+        if let Some(worker) = self.worker.take() {
+            worker.stop().await;
+        }
+    }
+
+    fn snapshot(&self) -> SnapshotGeneration {
+        SnapshotGeneration {
+            record: self.record.clone(),
+            progress: self.progress.subscribe(),
+            checkpoint: self.checkpoint.subscribe(),
+        }
+    }
+}
+
+fn id(hash: &str, manifest: &crate::manifest::Manifest) -> ModuleId {
+    ModuleId { hash: hash.to_owned(), version: manifest.version, schema: manifest.schema_digest() }
+}
+
+struct Running {
+    name: String,
+    state: State,
+    live: Option<Slot>,
+    building: Option<Slot>,
+    /// Numbers of former generations, oldest first.
+    former: Vec<u64>,
+    modules: HashMap<String, Module>,
+    file: Option<String>,
+    refused: Option<String>,
+    notices: mpsc::UnboundedSender<(u64, Notice)>,
+    workers: u64,
+    shared: Arc<Shared>,
+}
+
+impl Running {
+    async fn run(
+        mut self,
+        mut inbox: mpsc::UnboundedReceiver<Message>,
+        mut from_workers: mpsc::UnboundedReceiver<(u64, Notice)>,
+    ) {
+        loop {
+            tokio::select! {
+                message = inbox.recv() => match message {
+                    Some(Message::Wanted(module)) => self.wanted(module).await,
+                    Some(Message::Rebuild(reply)) => {
+                        let answer = self.rebuild().await;
+                        // Whoever asked may have gone away.
+                        let _ = reply.send(answer);
+                    }
+                    Some(Message::Stop(reply)) => {
+                        self.stop_all().await;
+                        let _ = reply.send(());
+                        return;
+                    }
+                    None => return self.stop_all().await,
+                },
+                Some((worker, notice)) = from_workers.recv() => self.noticed(worker, notice).await,
+            }
+            self.publish();
+        }
+    }
+
+    async fn wanted(&mut self, module: Option<(String, Module)>) {
+        self.refused = None;
+        let (file, module) = module.unzip();
+        self.file = file;
+        let wanted = module.map(|module| {
+            let id = id(&module.hash, &module.manifest);
+            self.modules.insert(module.hash.clone(), module);
+            id
+        });
+        self.happened(Input::Wanted(wanted)).await;
+    }
+
+    async fn rebuild(&mut self) -> Result<u64, String> {
+        if self.file.is_none() {
+            return Err(format!(
+                "projection {:?} has no module in the plugin folder; put it back, then rebuild",
+                self.name
+            ));
+        }
+        self.happened(Input::Rebuild).await;
+        match &self.building {
+            Some(building) => Ok(building.record.number),
+            None => Err(format!("projection {:?} could not begin a rebuild; see its error in the status", self.name)),
+        }
+    }
+
+    async fn noticed(&mut self, worker: u64, notice: Notice) {
+        let is = |slot: &Option<Slot>| slot.as_ref().and_then(|s| s.worker.as_ref()).is_some_and(|w| w.id == worker);
+        let input = match (notice, is(&self.live), is(&self.building)) {
+            (Notice::Proved, true, _) => Input::LiveProved,
+            (Notice::Faulted(reason), true, _) => Input::LiveFaulted(reason),
+            (Notice::Ready, _, true) => Input::BuildReady,
+            (Notice::Passed, _, true) => Input::BuildPassed,
+            (Notice::Faulted(reason), _, true) => Input::BuildFaulted(reason),
+            // From a worker that has been stopped meanwhile, or of no interest.
+            _ => return,
+        };
+        self.happened(input).await;
+    }
+
+    /// Tells the lifecycle and does what it says. What goes wrong on the way is the next thing that has happened.
+    async fn happened(&mut self, input: Input) {
+        let mut inputs = VecDeque::from([input]);
+        while let Some(input) = inputs.pop_front() {
+            tracing::debug!(projection = self.name, ?input, "happened");
+            for action in self.state.next(input) {
+                tracing::debug!(projection = self.name, ?action, "doing");
+                let live = matches!(action, Action::StartLive(_));
+                match self.perform(action).await {
+                    Ok(()) => {}
+                    Err(error) if live => inputs.push_back(Input::LiveFaulted(error.to_string())),
+                    Err(error) => {
+                        self.give_up(error).await;
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    /// The catalogue or the disk refused in the middle: everything stands still where the catalogue has it.
+    async fn give_up(&mut self, error: Error) {
+        tracing::error!(projection = self.name, %error, "the projection is faulted");
+        self.stop_all().await;
+        if let Some(live) = &self.live {
+            self.state.live = Live::Faulted(live.id(), error.to_string());
+        }
+        self.state.building = match &self.building {
+            Some(building) => Building::Faulted(building.id(), error.to_string()),
+            None => Building::None,
+        };
+        self.refused = Some(error.to_string());
+    }
+
+    async fn perform(&mut self, action: Action) -> Result<(), Error> {
+        match action {
+            Action::CreateLive(id) => {
+                let module = self.module(&id).await?;
+                let record = self.shared.catalogue.create(Role::Live, &id.hash, &module.manifest).await?;
+                self.live = Some(Slot::new(record));
+            }
+            Action::StartLive(id) => {
+                self.follow(Role::Live, &id, Course::Log).await?;
+                tracing::info!(projection = self.name, module = short(&id.hash), "following the log");
+            }
+            Action::StopLive => self.live.as_mut().expect("it runs").stop().await,
+            Action::KeepModule(id) => {
+                let manifest = self.module(&id).await?.manifest.clone();
+                let live = self.live.as_mut().expect("it runs");
+                live.record.module = id.hash;
+                live.record.manifest = manifest;
+                self.shared.catalogue.set_module(&live.record).await?;
+            }
+            Action::CreateBuilding(id) => {
+                let module = self.module(&id).await?;
+                let record = self.shared.catalogue.create(Role::Building, &id.hash, &module.manifest).await?;
+                tracing::info!(projection = self.name, generation = record.number, "rebuilding in the shadow");
+                self.building = Some(Slot::new(record));
+            }
+            Action::StartBuilding(id) => {
+                let live = self.live.as_ref().expect("there is a live one before one is built").record.file.clone();
+                self.follow(Role::Building, &id, Course::Generation(live)).await?;
+            }
+            Action::StopBuilding => self.building.as_mut().expect("it runs").stop().await,
+            Action::DropBuilding => {
+                if let Some(mut building) = self.building.take() {
+                    building.stop().await;
+                    self.shared.catalogue.remove(&self.name, building.record.number).await?;
+                }
+            }
+            Action::Finish => {
+                let target = self.live.as_ref().expect("it has stopped").checkpoint.borrow().clone();
+                let building = self.building.as_ref().and_then(|b| b.worker.as_ref()).expect("it runs");
+                building.tell(Command::Finish((*target).clone()));
+            }
+            Action::Promote => self.promote().await?,
+            Action::Refuse(hash, reason) => {
+                let hash = short(&hash).to_owned();
+                tracing::warn!(projection = self.name, module = hash, reason, "refused; the former module goes on");
+                self.refused = Some(format!("module {hash} is refused: {reason}; the former module goes on"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Readers see the old generation until the catalogue has committed, and the new one from then on.
+    async fn promote(&mut self) -> Result<(), Error> {
+        let number = self.building.as_ref().expect("it has passed").record.number;
+        self.shared.catalogue.promote(&self.name, number).await?;
+        let mut promoted = self.building.take().expect("as above");
+        promoted.record.role = Role::Live;
+        let former = self.live.replace(promoted).expect("there was a live one");
+        self.publish();
+        let live = self.live.as_ref().expect("just put there");
+        live.worker.as_ref().expect("it has passed").tell(Command::Lead);
+        tracing::info!(projection = self.name, generation = number, "promoted");
+        self.former.push(former.record.number);
+        while self.former.len() > self.shared.config.keep_generations {
+            self.shared.catalogue.remove(&self.name, self.former[0]).await?;
+            self.former.remove(0);
+        }
+        Ok(())
+    }
+
+    /// Starts a worker for a generation.
+    async fn follow(&mut self, role: Role, id: &ModuleId, course: Course) -> Result<(), Error> {
+        let module = self.module(id).await?;
+        self.workers += 1;
+        let slot = if role == Role::Live { &mut self.live } else { &mut self.building };
+        let slot = slot.as_mut().expect("it was created");
+        slot.worker = Some(Worker::start(Job {
+            module,
+            file: slot.record.file.clone(),
+            course,
+            log: self.shared.log.clone(),
+            limits: self.shared.config.batch,
+            progress: slot.progress.clone(),
+            checkpoint: slot.checkpoint.clone(),
+            notices: self.notices.clone(),
+            id: self.workers,
+        }));
+        Ok(())
+    }
+
+    async fn module(&mut self, id: &ModuleId) -> Result<Module, Error> {
+        if !self.modules.contains_key(&id.hash) {
+            let module = self.stored(&id.hash).await?;
+            self.modules.insert(id.hash.clone(), module);
+        }
+        Ok(self.modules[&id.hash].clone())
+    }
+
+    /// A module that is not in the folder any more, from where it was stored when it was admitted.
+    async fn stored(&self, hash: &str) -> Result<Module, Error> {
+        let path = self.shared.modules.join(format!("{hash}.wasm"));
+        let engine = self.shared.engine.clone();
+        let admit = move || plugin::read(&path).and_then(|bytes| engine.admit(&bytes));
+        let module = tokio::task::spawn_blocking(admit).await.map_err(|e| Error::Host(e.to_string()))?;
+        Ok(module?)
+    }
+
+    async fn stop_all(&mut self) {
+        // Both at once: each may have a batch to finish.
+        let (live, building) = (self.live.as_mut(), self.building.as_mut());
+        let stop = async |slot: Option<&mut Slot>| {
+            if let Some(slot) = slot {
+                slot.stop().await;
+            }
+        };
+        tokio::join!(stop(live), stop(building));
+    }
+
+    /// Shows the present state to readers and in the status.
+    fn publish(&mut self) {
+        let snapshot = Snapshot {
+            file: self.file.clone(),
+            state: self.state.clone(),
+            live: self.live.as_ref().map(Slot::snapshot),
+            building: self.building.as_ref().map(Slot::snapshot),
+            refused: self.refused.clone(),
+        };
+        let poisoned = "no panics while it is held";
+        self.shared.snapshots.write().expect(poisoned).insert(self.name.clone(), snapshot);
+        let Some(live) = &self.live else { return };
+        let mut views = self.shared.views.write().expect(poisoned);
+        let number = live.record.number;
+        let mine = |v: &LiveView| v.projection == self.name;
+        if views.values().any(|v| mine(v) && v.generation == number) {
+            return;
+        }
+        let views = Arc::make_mut(&mut views);
+        views.retain(|_, view| !mine(view));
+        for schema in &live.record.manifest.views {
+            views.insert(schema.name.clone(), LiveView {
+                schema: Arc::new(schema.clone()),
+                projection: self.name.clone(),
+                generation: number,
+                file: live.record.file.clone(),
+                sources: live.record.manifest.sources.iter().map(|s| s.source.clone()).collect(),
+                checkpoint: live.checkpoint.subscribe(),
+            });
+        }
+    }
+}
+
+/// Enough of a hash for people.
+pub(crate) fn short(hash: &str) -> &str {
+    hash.get(..12).unwrap_or(hash)
+}

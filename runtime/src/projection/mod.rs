@@ -1,0 +1,76 @@
+//! Projections: where plugins, views and the log meet.
+//!
+//! [`Manager`] runs one projection. It keeps a [`lifecycle`] (a pure state machine that says what to do), and a
+//! [`worker`] for each generation that is being followed: the loop read, apply, commit. A worker reads through
+//! [`merge`], which puts the events of several sources into one order.
+
+pub mod lifecycle;
+mod manager;
+mod merge;
+mod worker;
+
+pub use manager::{LiveView, Manager, Shared, Snapshot, SnapshotGeneration};
+pub use worker::{Activity, Progress};
+
+use std::path::PathBuf;
+
+use crate::model::Position;
+use crate::{log, plugin, view};
+
+/// Why a projection stopped, or could not begin.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// See [`log::Error`].
+    #[error(transparent)]
+    Log(#[from] log::Error),
+    /// See [`view::Error`].
+    #[error(transparent)]
+    View(#[from] view::Error),
+    /// See [`plugin::Error`].
+    #[error(transparent)]
+    Plugin(#[from] plugin::Error),
+    /// The plugin could not apply this event. Everything before it is committed.
+    #[error("event {id:?} ({event_type}) at position {position} of source {source_name:?} could not be applied: {reason}")]
+    Event {
+        /// The source's name.
+        source_name: String,
+        /// The event's position in it.
+        position: Position,
+        /// The event's type.
+        event_type: String,
+        /// The event's id.
+        id: String,
+        /// What the plugin said, or how it failed.
+        reason: String,
+    },
+    /// The log does not have the events that the view was built from.
+    #[error(
+        "the log is not the one that {file:?} was built from: the view is complete to position {position} of source \
+         {source_name:?}, where log {expected} had event {fingerprint:016x}; {found}; restore that log, or rebuild the projection"
+    )]
+    LogReplaced {
+        /// The generation's file.
+        file: PathBuf,
+        /// The source.
+        source_name: String,
+        /// The checkpoint in it.
+        position: Position,
+        /// The identity of the log that the view knows.
+        expected: String,
+        /// The digest of the event that the view knows.
+        fingerprint: i64,
+        /// What the log here has instead.
+        found: String,
+    },
+    /// The merge record of a generation names events that are not there.
+    #[error("the log ends before position {position} of source {source_name:?}, which the live generation has applied")]
+    Record {
+        /// The source.
+        source_name: String,
+        /// The position that is missing.
+        position: Position,
+    },
+    /// A batch could not be handed over for a reason of the host's.
+    #[error("{0}")]
+    Host(String),
+}

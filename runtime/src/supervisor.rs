@@ -1,0 +1,544 @@
+//! The supervisor: what should run, by the plugin folder, against what runs; and the handle on a running Shadowbox.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::fs::File;
+use std::io::{Read, Seek, Write};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, RwLock};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::config::Config;
+use crate::log::{self, EventLog, Heads};
+use crate::model::Position;
+use crate::plugin::{self, Engine, Folder, Found, Module};
+use crate::projection::lifecycle::{Building, Live};
+use crate::projection::{Activity, Manager, Shared, Snapshot, SnapshotGeneration};
+use crate::view::{self, Catalogue};
+
+pub use crate::projection::LiveView;
+
+/// What can go wrong when a runtime starts or is asked for something.
+#[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the messages say it")]
+pub enum Error {
+    #[error(transparent)]
+    Log(#[from] log::Error),
+    #[error(transparent)]
+    View(#[from] view::Error),
+    #[error(transparent)]
+    Plugin(#[from] plugin::Error),
+    #[error("{path:?}: {error}")]
+    File { path: PathBuf, error: std::io::Error },
+    #[error("the data directory {data:?} is held by another shadowbox ({holder}); stop it, or choose another with --data")]
+    Held { data: PathBuf, holder: String },
+    #[error("there is no projection {name:?}; {known}")]
+    UnknownProjection { name: String, known: String },
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// Everything that is to know of a running Shadowbox.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Status {
+    /// The log's sources.
+    pub sources: Vec<SourceHead>,
+    /// By name.
+    pub projections: Vec<ProjectionStatus>,
+    /// Module files that are not run.
+    pub refused: Vec<Refused>,
+}
+
+/// A source of the log.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SourceHead {
+    /// Its name.
+    pub source: String,
+    /// The position of its newest event.
+    pub head: Position,
+}
+
+/// A module file that is not run, and why.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refused {
+    /// Its name in the plugin folder.
+    pub file: String,
+    /// A sentence.
+    pub reason: String,
+}
+
+/// What a projection is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ProjectionState {
+    /// It applies what is in the log already.
+    CatchingUp,
+    /// It is at the head.
+    Live,
+    /// A new generation is being built; the live one goes on.
+    Rebuilding,
+    /// It stands still, because going on would lose or corrupt data.
+    Faulted,
+    /// Its module is not in the folder. Its views are readable.
+    Stopped,
+}
+
+/// How far a generation is in one source.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SourceStatus {
+    /// The source's name.
+    pub source: String,
+    /// Complete up to here; None before the first event.
+    pub checkpoint: Option<Position>,
+    /// The newest event; None if the source has none.
+    pub head: Option<Position>,
+}
+
+/// One generation of a projection.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct GenerationStatus {
+    /// Its number.
+    pub generation: u64,
+    /// The projection's version in its module.
+    pub version: u32,
+    /// SHA-256 of its module.
+    pub module_hash: String,
+    /// By name.
+    pub sources: Vec<SourceStatus>,
+    /// Events between checkpoint and head, of all sources together.
+    pub lag_events: u64,
+    /// Seconds between the times of the checkpoint's and the head's event, of the source where they are the most.
+    pub lag_seconds: f64,
+    /// Events applied a second; 0 if none were for some seconds.
+    pub rate: f64,
+    /// Why it stands still, or what it waits for.
+    pub error: Option<String>,
+}
+
+/// A projection with its generations.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ProjectionStatus {
+    /// Its name.
+    pub name: String,
+    /// What it is doing.
+    pub state: ProjectionState,
+    /// Its module's file name; None if there is none in the folder.
+    pub file: Option<String>,
+    /// The names of its views.
+    pub views: Vec<String>,
+    /// The generation that readers see.
+    #[serde(flatten)]
+    pub live: GenerationStatus,
+    /// The generation that is being built.
+    pub building: Option<GenerationStatus>,
+}
+
+/// How long a measured rate is worth showing.
+const RATE_FRESH: Duration = Duration::from_secs(5);
+
+/// A running Shadowbox; a handle that is cheap to clone.
+#[derive(Clone)]
+pub struct Runtime {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    shared: Arc<Shared>,
+    managers: Mutex<BTreeMap<String, Manager>>,
+    refused: RwLock<Vec<Refused>>,
+    /// Locked as long as this runtime lives; other processes read in it where we listen.
+    lock: Mutex<File>,
+    stopping: tokio::sync::watch::Sender<bool>,
+}
+
+impl fmt::Debug for Runtime {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Runtime").field("data", &self.inner.shared.config.data).finish_non_exhaustive()
+    }
+}
+
+impl Runtime {
+    /// Takes the data directory, starts everything, and returns once the modules that are in the folder have been
+    /// looked at. Must be called in a tokio runtime.
+    pub async fn start(config: Config) -> Result<Runtime, Error> {
+        let data = config.data.clone();
+        let file = |path: &Path, error| Error::File { path: path.to_owned(), error };
+        std::fs::create_dir_all(&data).map_err(|e| file(&data, e))?;
+        let lock = take(&data)?;
+        let modules = data.join("modules");
+        std::fs::create_dir_all(&modules).map_err(|e| file(&modules, e))?;
+        let log = EventLog::open(&data)?;
+        let catalogue = Catalogue::open(&data).await?;
+        catalogue.remove_strays().await?;
+        let engine = Engine::new(Some(&data.join("cache")), config.sandbox)?;
+        let folder = Folder::new(&config.plugins, &modules, engine.clone()).map_err(|e| file(&config.plugins, e))?;
+        let records = catalogue.projections().await?;
+        let used: Vec<_> = records.iter().flat_map(|p| &p.generations).map(|g| g.module.as_str()).collect();
+        sweep(&modules, &used).map_err(|e| file(&modules, e))?;
+        let shared = Arc::new(Shared {
+            log,
+            catalogue,
+            engine,
+            modules,
+            config,
+            views: RwLock::default(),
+            snapshots: RwLock::default(),
+        });
+        let managers = records.into_iter().map(|record| {
+            let name = record.name.clone();
+            (name.clone(), Manager::start(&name, Some(record), shared.clone()))
+        });
+        let inner = Arc::new(Inner {
+            managers: Mutex::new(managers.collect()),
+            shared,
+            refused: RwLock::default(),
+            lock: Mutex::new(lock),
+            stopping: tokio::sync::watch::Sender::new(false),
+        });
+        let (looked, first_look) = oneshot::channel();
+        watch_folder(inner.clone(), folder, looked);
+        // The sender is dropped without a word only if everything stops.
+        let _ = first_look.await;
+        Ok(Runtime { inner })
+    }
+
+    /// The configuration it was started with.
+    pub fn config(&self) -> &Config {
+        &self.inner.shared.config
+    }
+
+    /// The event log.
+    pub fn log(&self) -> &EventLog {
+        &self.inner.shared.log
+    }
+
+    /// All live views, by name; those of stopped and faulted projections, too.
+    pub fn views(&self) -> Arc<BTreeMap<String, LiveView>> {
+        self.inner.shared.views.read().expect("no panics while it is held").clone()
+    }
+
+    /// Everything there is to know, as of now.
+    pub fn status(&self) -> Status {
+        let heads = self.inner.shared.log.heads_now();
+        let snapshots = self.inner.shared.snapshots.read().expect("no panics while it is held").clone();
+        let projections = snapshots.into_iter().filter_map(|(name, s)| projection_status(name, &s, &heads));
+        Status {
+            projections: projections.collect(),
+            sources: heads.iter().map(|(s, h)| SourceHead { source: s.to_string(), head: h.position }).collect(),
+            refused: self.inner.refused.read().expect("no panics while it is held").clone(),
+        }
+    }
+
+    /// Begins a rebuild, unless one is running; answers the new generation's number.
+    pub async fn rebuild(&self, projection: &str) -> Result<u64, Error> {
+        let manager = self.inner.managers.lock().expect("no panics while it is held").get(projection).cloned();
+        let Some(manager) = manager else {
+            let names: Vec<_> = self.status().projections.into_iter().map(|p| p.name).collect();
+            let known =
+                if names.is_empty() { "there are none yet".into() } else { format!("there are: {}", names.join(", ")) };
+            return Err(Error::UnknownProjection { name: projection.to_owned(), known });
+        };
+        manager.rebuild().await.map_err(Error::Refused)
+    }
+
+    /// Says in the data directory where HTTP listens, for the command line.
+    pub fn announce(&self, address: SocketAddr) -> Result<(), Error> {
+        let mut lock = self.inner.lock.lock().expect("no panics while it is held");
+        let holder = Holder { pid: std::process::id(), address: Some(address) };
+        write_holder(&mut lock, &holder)
+            .map_err(|error| Error::File { path: lock_path(&self.inner.shared.config.data), error })
+    }
+
+    /// Stops all projections after their running batch; returns when all have committed and stopped.
+    pub async fn shutdown(&self) {
+        self.inner.stopping.send_replace(true);
+        let managers: Vec<_> =
+            self.inner.managers.lock().expect("no panics while it is held").values().cloned().collect();
+        futures_util::future::join_all(managers.iter().map(Manager::stop)).await;
+    }
+}
+
+/// Who holds a data directory.
+#[derive(Serialize, Deserialize)]
+struct Holder {
+    pid: u32,
+    address: Option<SocketAddr>,
+}
+
+fn lock_path(data: &Path) -> PathBuf {
+    data.join("runtime.lock")
+}
+
+/// Locks the data directory. The lock is the operating system's: it goes with the process, however that ends.
+fn take(data: &Path) -> Result<File, Error> {
+    let path = lock_path(data);
+    let failed = |error| Error::File { path: path.clone(), error };
+    let mut options = File::options();
+    let mut lock = options.read(true).write(true).create(true).truncate(false).open(&path).map_err(failed)?;
+    match lock.try_lock() {
+        Ok(()) => {}
+        Err(std::fs::TryLockError::WouldBlock) => {
+            let holder = match read_holder(&mut lock) {
+                Some(Holder { pid, address: Some(address) }) => format!("process {pid}, http://{address}"),
+                Some(Holder { pid, address: None }) => format!("process {pid}"),
+                None => "which is just starting".into(),
+            };
+            return Err(Error::Held { data: data.to_owned(), holder });
+        }
+        Err(std::fs::TryLockError::Error(error)) => return Err(failed(error)),
+    }
+    write_holder(&mut lock, &Holder { pid: std::process::id(), address: None }).map_err(failed)?;
+    Ok(lock)
+}
+
+/// Removes stored modules that no generation is built by any more. Those in the folder are stored again when they are
+/// looked at.
+fn sweep(modules: &Path, used: &[&str]) -> std::io::Result<()> {
+    for entry in std::fs::read_dir(modules)? {
+        let path = entry?.path();
+        let hash = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
+        if !used.contains(&hash) {
+            std::fs::remove_file(&path)?;
+        }
+    }
+    Ok(())
+}
+
+fn write_holder(lock: &mut File, holder: &Holder) -> std::io::Result<()> {
+    lock.set_len(0)?;
+    lock.rewind()?;
+    lock.write_all(&serde_json::to_vec(holder)?)?;
+    lock.flush()
+}
+
+fn read_holder(lock: &mut File) -> Option<Holder> {
+    let mut text = String::new();
+    lock.read_to_string(&mut text).ok()?;
+    serde_json::from_str(&text).ok()
+}
+
+/// The address of the runtime that holds this data directory now, if one does and listens.
+pub fn running(data: &Path) -> Option<SocketAddr> {
+    let mut lock = File::open(lock_path(data)).ok()?;
+    match lock.try_lock_shared() {
+        // Nobody holds it; what it says is old.
+        Ok(()) => None,
+        Err(_) => read_holder(&mut lock)?.address,
+    }
+}
+
+/// Reconciles whenever the folder has changed, until the runtime stops.
+fn watch_folder(inner: Arc<Inner>, folder: Folder, looked: oneshot::Sender<()>) {
+    let (sender, mut found) = mpsc::unbounded_channel::<Vec<Found>>();
+    std::thread::Builder::new()
+        .name("plugin-folder".into())
+        .spawn(move || folder.watch(&sender))
+        .expect("a thread can be started");
+    let mut stopping = inner.stopping.subscribe();
+    tokio::spawn(async move {
+        let mut looked = Some(looked);
+        let mut wanted = BTreeMap::new();
+        loop {
+            let found = tokio::select! {
+                found = found.recv() => found,
+                _ = stopping.wait_for(|stopping| *stopping) => None,
+            };
+            let Some(found) = found else { return };
+            let owners = inner.shared.views.read().expect("no panics while it is held").clone();
+            let plan = Plan::make(&wanted, &found, &|view| owners.get(view).map(|v| v.projection.clone()));
+            tracing::debug!(%plan, "the plugin folder has changed");
+            inner.carry_out(&plan);
+            wanted = plan.wanted;
+            if let Some(looked) = looked.take() {
+                if wanted.is_empty() {
+                    let folder = &inner.shared.config.plugins;
+                    tracing::info!(?folder, "there is no module to run; drop one into the folder");
+                }
+                // The starter may have been dropped.
+                let _ = looked.send(());
+            }
+        }
+    });
+}
+
+/// Which projection is to be run by which file.
+type Wanted = BTreeMap<String, (String, Module)>;
+
+/// What changes from what is wanted now to what the folder holds.
+struct Plan {
+    /// What is wanted from now on.
+    wanted: Wanted,
+    /// Projections whose module is new or another one.
+    start: Vec<String>,
+    /// Projections whose module is gone.
+    stop: Vec<String>,
+    refused: Vec<Refused>,
+}
+
+impl Plan {
+    /// `owner` says which projection a live view belongs to. Where two files claim the same thing, the one that runs
+    /// already keeps it, else the first by name.
+    fn make(now: &Wanted, found: &[Found], owner: &dyn Fn(&str) -> Option<String>) -> Plan {
+        let mut refused = Vec::new();
+        let mut modules: Vec<(&str, &Module)> = Vec::new();
+        for Found { file, module } in found {
+            match module {
+                Ok(module) => modules.push((file, module)),
+                Err(reason) => refused.push(Refused { file: file.clone(), reason: reason.clone() }),
+            }
+        }
+        let runs = |file: &str, module: &Module| now.get(&module.manifest.projection).is_some_and(|(f, _)| f == file);
+        modules.sort_by_key(|(file, module)| (!runs(file, module), file.to_string()));
+        let mut wanted = Wanted::new();
+        let mut views: BTreeMap<&str, &str> = BTreeMap::new();
+        for (file, module) in modules {
+            match clash(module, &wanted, &views, owner) {
+                Some(reason) => {
+                    refused.push(Refused { file: file.to_owned(), reason });
+                    let name = &module.manifest.projection;
+                    // A module that cannot replace the one that runs leaves it running.
+                    if let Some((former, standing)) = now.get(name).filter(|(f, _)| f == file) {
+                        if !wanted.contains_key(name) {
+                            views.extend(standing.manifest.views.iter().map(|v| (v.name.as_str(), name.as_str())));
+                            wanted.insert(name.clone(), (former.clone(), standing.clone()));
+                        }
+                    }
+                }
+                None => {
+                    let name = &module.manifest.projection;
+                    views.extend(module.manifest.views.iter().map(|v| (v.name.as_str(), name.as_str())));
+                    wanted.insert(name.clone(), (file.to_owned(), module.clone()));
+                }
+            }
+        }
+        let same = |name: &str, module: &Module| now.get(name).is_some_and(|(_, m)| m.hash == module.hash);
+        let start = wanted.iter().filter(|(name, (_, module))| !same(name, module)).map(|(name, _)| name.clone());
+        let stop: BTreeSet<_> = now.keys().filter(|name| !wanted.contains_key(*name)).cloned().collect();
+        refused.sort_by(|a, b| a.file.cmp(&b.file));
+        Plan { start: start.collect(), stop: stop.into_iter().collect(), wanted, refused }
+    }
+}
+
+fn clash(
+    module: &Module,
+    wanted: &Wanted,
+    views: &BTreeMap<&str, &str>,
+    owner: &dyn Fn(&str) -> Option<String>,
+) -> Option<String> {
+    let name = &module.manifest.projection;
+    if let Some((file, _)) = wanted.get(name) {
+        return Some(format!("projection {name:?} is already run by {file:?}; remove one of the files, or rename the projection"));
+    }
+    module.manifest.views.iter().find_map(|view| {
+        let other = views.get(view.name.as_str()).map(|p| p.to_string()).or_else(|| owner(&view.name));
+        other.filter(|other| other != name).map(|other| {
+            format!("view {:?} belongs to projection {other:?} already; rename the view, and build the module again", view.name)
+        })
+    })
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "start [{}], stop [{}]", self.start.join(", "), self.stop.join(", "))?;
+        self.refused.iter().try_for_each(|r| write!(f, ", refuse {}", r.file))
+    }
+}
+
+impl Inner {
+    fn carry_out(self: &Arc<Self>, plan: &Plan) {
+        let poisoned = "no panics while it is held";
+        let mut managers = self.managers.lock().expect(poisoned);
+        for name in &plan.stop {
+            tracing::info!(projection = name, "the module is gone; the projection stops, its views stay readable");
+            managers.get(name).expect("it was started").want(None);
+        }
+        for name in &plan.start {
+            let (file, module) = plan.wanted[name].clone();
+            let manager =
+                managers.entry(name.clone()).or_insert_with(|| Manager::start(name, None, self.shared.clone()));
+            manager.want(Some((file, module)));
+        }
+        let mut refused = self.refused.write().expect(poisoned);
+        for new in plan.refused.iter().filter(|r| !refused.contains(r)) {
+            tracing::warn!(file = new.file, reason = new.reason, "refused a module; everything else goes on");
+        }
+        refused.clone_from(&plan.refused);
+    }
+}
+
+fn projection_status(name: String, snapshot: &Snapshot, heads: &Heads) -> Option<ProjectionStatus> {
+    let (live, building) = (snapshot.live.as_ref()?, snapshot.building.as_ref());
+    let fault = match &snapshot.state.live {
+        Live::Faulted(_, reason) => Some(reason.clone()),
+        _ => None,
+    };
+    let build_fault = match &snapshot.state.building {
+        Building::Faulted(_, reason) => Some(reason.clone()),
+        _ => None,
+    };
+    let at_head = live.progress.borrow().activity == Activity::AtHead;
+    let state = match (&snapshot.state.live, &snapshot.state.building) {
+        (_, Building::Running(_) | Building::Finishing(_)) => ProjectionState::Rebuilding,
+        (Live::Faulted(..), _) => ProjectionState::Faulted,
+        (Live::None | Live::Stopped(_), _) => ProjectionState::Stopped,
+        _ if at_head => ProjectionState::Live,
+        _ => ProjectionState::CatchingUp,
+    };
+    let refused = || snapshot.refused.clone();
+    let build_failed = || build_fault.as_ref().map(|r| format!("the rebuild failed: {r}; the former generation goes on"));
+    let error = fault.or_else(refused).or_else(build_failed);
+    let mut live_status = generation_status(live, heads, error);
+    if let Some(module) = snapshot.state.live.module() {
+        live_status.module_hash.clone_from(&module.hash);
+    }
+    Some(ProjectionStatus {
+        name,
+        state,
+        file: snapshot.file.clone(),
+        views: live.record.manifest.views.iter().map(|v| v.name.clone()).collect(),
+        live: live_status,
+        building: building.map(|b| generation_status(b, heads, build_fault)),
+    })
+}
+
+fn generation_status(generation: &SnapshotGeneration, heads: &Heads, fault: Option<String>) -> GenerationStatus {
+    let progress = generation.progress.borrow().clone();
+    let checkpoint = generation.checkpoint.borrow().clone();
+    let (mut lag_events, mut lag_seconds) = (0, 0.0_f64);
+    let mut sources = Vec::new();
+    for subscription in &generation.record.manifest.sources {
+        let source = subscription.source.as_str();
+        let (head, done) = (heads.get(source), checkpoint.get(source));
+        if let Some(head) = head.filter(|head| done < Some(head.position)) {
+            // Positions of the embedded log are dense.
+            lag_events += head.position.0 + 1 - done.map_or(0, |p| p.0 + 1);
+            let reached = progress.done.iter().find(|(s, ..)| **s == *source).map_or(head.first_time, |(_, _, t)| *t);
+            let seconds = (head.time.microseconds() - reached.microseconds()) as f64 / 1e6;
+            lag_seconds = lag_seconds.max(seconds);
+        }
+        sources.push(SourceStatus {
+            source: source.to_owned(),
+            checkpoint: done,
+            head: head.map(|head| head.position),
+        });
+    }
+    let fresh = progress.measured.is_some_and(|at| at.elapsed() < RATE_FRESH);
+    let retrying = match &progress.activity {
+        Activity::Retrying(error) => Some(format!("{error}; retrying")),
+        Activity::AtHead | Activity::CatchingUp => None,
+    };
+    GenerationStatus {
+        generation: generation.record.number,
+        version: generation.record.manifest.version,
+        module_hash: generation.record.module.clone(),
+        sources,
+        lag_events,
+        lag_seconds,
+        rate: if fresh { progress.rate } else { 0.0 },
+        error: fault.or(retrying),
+    }
+}

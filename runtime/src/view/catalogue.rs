@@ -1,0 +1,267 @@
+//! The catalogue: which generations there are, and which one of each projection is live.
+//!
+//! It is a small database of its own. Which rows are complete to where is not in it: that stands with the rows. So a
+//! crash between a generation's last commit and its promotion loses nothing; the promotion is done after the restart.
+
+use std::path::{Path, PathBuf};
+
+use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteRow};
+use sqlx::{Row, SqliteConnection};
+
+use super::Error;
+use crate::config::limits;
+use crate::manifest::Manifest;
+use crate::model::Time;
+
+/// What a generation is to its projection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Readers see it.
+    Live,
+    /// It catches up in the shadow.
+    Building,
+    /// It was live; kept for a rollback.
+    Former,
+}
+
+impl Role {
+    fn name(self) -> &'static str {
+        match self {
+            Role::Live => "live",
+            Role::Building => "building",
+            Role::Former => "former",
+        }
+    }
+}
+
+/// A generation as the catalogue has it.
+#[derive(Clone, Debug)]
+pub struct GenerationRecord {
+    /// The projection's name.
+    pub projection: String,
+    /// 1, 2, ... in a projection; never used again.
+    pub number: u64,
+    /// What it is now.
+    pub role: Role,
+    /// The hash of the module that builds it.
+    pub module: String,
+    /// That module's manifest.
+    pub manifest: Manifest,
+    /// Its file.
+    pub file: PathBuf,
+}
+
+/// All generations of one projection.
+#[derive(Clone, Debug)]
+pub struct ProjectionRecord {
+    /// The projection's name.
+    pub name: String,
+    /// By number.
+    pub generations: Vec<GenerationRecord>,
+}
+
+impl ProjectionRecord {
+    /// The generation in a role of which there is at most one.
+    pub fn role(&self, role: Role) -> Option<&GenerationRecord> {
+        self.generations.iter().find(|g| g.role == role)
+    }
+}
+
+const SCHEMA: &str = "
+    CREATE TABLE IF NOT EXISTS generations (
+        projection TEXT NOT NULL, number INTEGER NOT NULL,
+        role TEXT NOT NULL CHECK (role IN ('live', 'building', 'former')),
+        module TEXT NOT NULL, manifest TEXT NOT NULL, created_at TEXT NOT NULL, promoted_at TEXT,
+        PRIMARY KEY (projection, number)) STRICT;
+    CREATE UNIQUE INDEX IF NOT EXISTS one_live ON generations (projection) WHERE role = 'live';
+    CREATE UNIQUE INDEX IF NOT EXISTS one_building ON generations (projection) WHERE role = 'building';
+    -- A number is never given out twice, not even after its generation is gone: readers tell generations by it.
+    CREATE TABLE IF NOT EXISTS numbers (projection TEXT PRIMARY KEY, last INTEGER NOT NULL) STRICT;";
+
+/// The catalogue of a data directory. Cheap to clone.
+#[derive(Clone)]
+pub struct Catalogue {
+    data: PathBuf,
+    path: PathBuf,
+    pool: SqlitePool,
+}
+
+impl Catalogue {
+    /// Opens the catalogue for the runtime, which is its one writer; creates it if it is not there.
+    pub async fn open(data: &Path) -> Result<Catalogue, Error> {
+        let catalogue = Catalogue::connect(data, SqliteConnectOptions::new().create_if_missing(true)).await?;
+        sqlx::raw_sql(SCHEMA).execute(&catalogue.pool).await.map_err(|e| catalogue.failed(e))?;
+        Ok(catalogue)
+    }
+
+    /// Opens it for reading, while a runtime runs or not. None if there is none yet.
+    pub async fn open_read_only(data: &Path) -> Result<Option<Catalogue>, Error> {
+        if !data.join(FILE).exists() {
+            return Ok(None);
+        }
+        Catalogue::connect(data, SqliteConnectOptions::new().read_only(true)).await.map(Some)
+    }
+
+    async fn connect(data: &Path, options: SqliteConnectOptions) -> Result<Catalogue, Error> {
+        let path = data.join(FILE);
+        let options = options
+            .filename(&path)
+            .journal_mode(SqliteJournalMode::Wal)
+            .synchronous(sqlx::sqlite::SqliteSynchronous::Full)
+            .busy_timeout(limits::DATABASE_BUSY);
+        let pool = SqlitePoolOptions::new()
+            .max_connections(1)
+            .connect_with(options)
+            .await
+            .map_err(|error| Error::Catalogue { path: path.clone(), error })?;
+        Ok(Catalogue { data: data.to_owned(), path, pool })
+    }
+
+    /// All projections with their generations, by name and number.
+    pub async fn projections(&self) -> Result<Vec<ProjectionRecord>, Error> {
+        let sql = "SELECT projection, number, role, module, manifest FROM generations ORDER BY projection, number";
+        let rows = sqlx::query(sql).fetch_all(&self.pool).await.map_err(|e| self.failed(e))?;
+        let mut projections: Vec<ProjectionRecord> = Vec::new();
+        for row in rows {
+            let record = self.record(&row)?;
+            match projections.last_mut().filter(|p| p.name == record.projection) {
+                Some(projection) => projection.generations.push(record),
+                None => projections
+                    .push(ProjectionRecord { name: record.projection.clone(), generations: vec![record] }),
+            }
+        }
+        Ok(projections)
+    }
+
+    fn record(&self, row: &SqliteRow) -> Result<GenerationRecord, Error> {
+        let read = || -> sqlx::Result<GenerationRecord> {
+            let (projection, number): (String, i64) = (row.try_get(0)?, row.try_get(1)?);
+            let role = match row.try_get::<&str, _>(2)? {
+                "live" => Role::Live,
+                "building" => Role::Building,
+                _ => Role::Former,
+            };
+            let manifest = Manifest::parse(row.try_get(4)?).map_err(|e| sqlx::Error::Decode(e.into()))?;
+            let file = self.file(&projection, number as u64);
+            Ok(GenerationRecord { projection, number: number as u64, role, module: row.try_get(3)?, manifest, file })
+        };
+        read().map_err(|e| self.failed(e))
+    }
+
+    /// Where a generation's file is.
+    pub fn file(&self, projection: &str, number: u64) -> PathBuf {
+        self.data.join("views").join(projection).join(format!("{number}.sqlite"))
+    }
+
+    /// Enters a new generation; its file is made by whoever opens it first.
+    pub async fn create(&self, role: Role, module: &str, manifest: &Manifest) -> Result<GenerationRecord, Error> {
+        let create = async {
+            let mut tx = self.pool.begin().await?;
+            let sql = "INSERT INTO numbers VALUES (?, 1) ON CONFLICT DO UPDATE SET last = last + 1 RETURNING last";
+            let number: i64 = sqlx::query_scalar(sql).bind(&manifest.projection).fetch_one(&mut *tx).await?;
+            sqlx::query("INSERT INTO generations VALUES (?, ?, ?, ?, ?, ?, ?)")
+                .bind(&manifest.projection)
+                .bind(number)
+                .bind(role.name())
+                .bind(module)
+                .bind(&manifest.json)
+                .bind(Time::now().to_string())
+                .bind((role == Role::Live).then(|| Time::now().to_string()))
+                .execute(&mut *tx)
+                .await?;
+            tx.commit().await?;
+            Ok(number as u64)
+        };
+        let number = create.await.map_err(|e| self.failed(e))?;
+        Ok(GenerationRecord {
+            projection: manifest.projection.clone(),
+            number,
+            role,
+            module: module.to_owned(),
+            manifest: manifest.clone(),
+            file: self.file(&manifest.projection, number),
+        })
+    }
+
+    /// Makes the building generation live in one step, and the live one a former one.
+    pub async fn promote(&self, projection: &str, number: u64) -> Result<(), Error> {
+        let promote = async {
+            let mut tx = self.pool.begin().await?;
+            let connection: &mut SqliteConnection = &mut tx;
+            sqlx::query("UPDATE generations SET role = 'former' WHERE projection = ? AND role = 'live'")
+                .bind(projection)
+                .execute(&mut *connection)
+                .await?;
+            let sql = "UPDATE generations SET role = 'live', promoted_at = ? WHERE projection = ? AND number = ?";
+            let done = sqlx::query(sql)
+                .bind(Time::now().to_string())
+                .bind(projection)
+                .bind(number as i64)
+                .execute(&mut *connection)
+                .await?;
+            if done.rows_affected() != 1 {
+                return Err(sqlx::Error::RowNotFound);
+            }
+            tx.commit().await
+        };
+        promote.await.map_err(|e| self.failed(e))
+    }
+
+    /// Notes that another module builds this generation from now on.
+    pub async fn set_module(&self, record: &GenerationRecord) -> Result<(), Error> {
+        sqlx::query("UPDATE generations SET module = ?, manifest = ? WHERE projection = ? AND number = ?")
+            .bind(&record.module)
+            .bind(&record.manifest.json)
+            .bind(&record.projection)
+            .bind(record.number as i64)
+            .execute(&self.pool)
+            .await
+            .map(drop)
+            .map_err(|e| self.failed(e))
+    }
+
+    /// Forgets a generation and removes its file. Nobody may write to it any more; readers that have it open finish.
+    pub async fn remove(&self, projection: &str, number: u64) -> Result<(), Error> {
+        sqlx::query("DELETE FROM generations WHERE projection = ? AND number = ?")
+            .bind(projection)
+            .bind(number as i64)
+            .execute(&self.pool)
+            .await
+            .map_err(|e| self.failed(e))?;
+        remove_database(&self.file(projection, number))
+    }
+
+    /// Removes files of generations that the catalogue does not know: what a crash in the middle of `remove` left.
+    pub async fn remove_strays(&self) -> Result<(), Error> {
+        let known: Vec<PathBuf> =
+            self.projections().await?.into_iter().flat_map(|p| p.generations).map(|g| g.file).collect();
+        let entries = |path: &Path| std::fs::read_dir(path).into_iter().flatten().flatten().map(|e| e.path());
+        for file in entries(&self.data.join("views")).flat_map(|projection| entries(&projection).collect::<Vec<_>>()) {
+            let ours = file.extension().is_some_and(|e| e == "sqlite");
+            if ours && !known.contains(&file) {
+                remove_database(&file)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn failed(&self, error: sqlx::Error) -> Error {
+        Error::Catalogue { path: self.path.clone(), error }
+    }
+}
+
+const FILE: &str = "catalogue.sqlite";
+
+fn remove_database(file: &Path) -> Result<(), Error> {
+    for suffix in ["", "-wal", "-shm"] {
+        let mut path = file.as_os_str().to_owned();
+        path.push(suffix);
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(Error::File { path: path.into(), error });
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}

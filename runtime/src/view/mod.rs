@@ -1,0 +1,68 @@
+//! Views: rows, the files that hold them, and the only transaction that changes them.
+//!
+//! Each generation of a projection is one SQLite file with its views, its checkpoint and its merge record
+//! ([`Generation`]). The [`Catalogue`] says which generation is live. Reading is apart: [`query`] is a typed query of one
+//! view, [`readers`] runs it, [`sql`] runs SQL over all of them, [`render`] shows rows.
+
+mod catalogue;
+mod generation;
+pub mod query;
+pub mod readers;
+pub mod render;
+mod row;
+pub mod sql;
+
+use std::path::PathBuf;
+
+use crate::model::Checkpoint;
+
+pub use catalogue::{Catalogue, GenerationRecord, ProjectionRecord, Role};
+pub use generation::{Changes, Commit, Generation, Mark, Order, Run};
+pub use row::Table;
+
+/// What can go wrong with stored views.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The database of a generation refused.
+    #[error("the view file {path:?}: {error}")]
+    Sqlite {
+        /// The generation's file.
+        path: PathBuf,
+        /// What SQLite said.
+        error: rusqlite::Error,
+    },
+    /// The catalogue refused.
+    #[error("the catalogue {path:?}: {error}")]
+    Catalogue {
+        /// The catalogue's file.
+        path: PathBuf,
+        /// What SQLite said.
+        error: sqlx::Error,
+    },
+    /// A directory or a file cannot be made or removed.
+    #[error("{path:?}: {error}")]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// What the system said.
+        error: std::io::Error,
+    },
+    /// Somebody else committed to this generation in between: this writer is behind the fence and must stop.
+    #[error("another writer has taken over {path:?}: its checkpoint is {found}, this writer expected {expected}")]
+    Fenced {
+        /// The generation's file.
+        path: PathBuf,
+        /// The checkpoint that the writer had.
+        expected: Checkpoint,
+        /// The checkpoint that is stored.
+        found: Checkpoint,
+    },
+    /// The file holds other views than the module declares, or is not one of ours.
+    #[error("{path:?} does not hold the views of this module: {reason}; rebuild the projection")]
+    Mismatch {
+        /// The generation's file.
+        path: PathBuf,
+        /// What differs.
+        reason: String,
+    },
+}

@@ -1,0 +1,370 @@
+//! A typed query of one view, and the SQL that it becomes. [`super::readers`] runs it.
+//!
+//! How values are stored is how they are compared. A filter's literal is written as the column's type wants it:
+//!
+//! | column | stored as | literal |
+//! | --- | --- | --- |
+//! | text | TEXT | anything |
+//! | integer | INTEGER | a 64-bit number |
+//! | real | REAL | a finite number |
+//! | boolean | INTEGER 0, 1 | `true`, `false` |
+//! | bytes | BLOB | base64, as answers have it; the URL-safe alphabet works too |
+//! | timestamp | TEXT, as by [`Time::write_sortable`] | RFC 3339; without an offset it is UTC; a date is its midnight |
+//! | uuid | TEXT, hyphenated, lower case | any usual spelling |
+//! | decimal | TEXT | digits; compared as numbers, `1.50` equals `1.5` |
+//! | json | TEXT | cannot be compared, only matched and tested for null |
+
+use std::cmp::Ordering;
+
+use base64::Engine as _;
+use sqlx::Arguments;
+use sqlx::sqlite::SqliteArguments;
+
+use super::readers::Error;
+use super::row::quote;
+use crate::manifest::{Column, ColumnType, ViewSchema};
+use crate::model::Time;
+
+/// A value that a column is compared with.
+#[derive(Clone, Debug, PartialEq)]
+#[expect(missing_docs, reason = "they are SQLite's storage classes")]
+pub enum Literal {
+    Integer(i64),
+    Real(f64),
+    Text(String),
+    Blob(Vec<u8>),
+}
+
+/// A query of one view. Columns are indexes into the view's columns.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Select {
+    /// What the answer's rows consist of.
+    pub columns: Vec<Output>,
+    /// All of them must be true of a row.
+    pub filters: Vec<Filter>,
+    /// The order; rows that are equal in it are ordered by the key, so that pages never overlap.
+    pub order: Vec<Order>,
+    /// At most this many rows.
+    pub limit: u64,
+    /// After that many rows.
+    pub offset: u64,
+    /// Whether all rows that the filters select are to be counted.
+    pub count: bool,
+}
+
+/// A column of the answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Output {
+    /// Its name in the answer.
+    pub name: String,
+    /// The view's column.
+    pub column: usize,
+}
+
+/// A condition on one column.
+#[derive(Clone, Debug, PartialEq)]
+#[expect(missing_docs, reason = "the names say it")]
+pub struct Filter {
+    pub column: usize,
+    pub negated: bool,
+    pub test: Test,
+}
+
+/// What a filter tests. As in SQL, a comparison with an absent value is neither true nor false.
+#[derive(Clone, Debug, PartialEq)]
+#[expect(missing_docs, reason = "the names say it")]
+pub enum Test {
+    Compare(Comparison, Literal),
+    /// `%` or `*` stand for any text, `_` for one character, `\` takes the next character literally.
+    Like {
+        pattern: String,
+        ignore_case: bool,
+    },
+    In(Vec<Literal>),
+    IsNull,
+    IsNotNull,
+    /// True or false, and not absent.
+    Is(bool),
+}
+
+/// How a column is compared with a literal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the names say it")]
+pub enum Comparison {
+    Equal,
+    NotEqual,
+    Greater,
+    GreaterOrEqual,
+    Less,
+    LessOrEqual,
+}
+
+impl Comparison {
+    fn sql(self) -> &'static str {
+        match self {
+            Comparison::Equal => "=",
+            Comparison::NotEqual => "<>",
+            Comparison::Greater => ">",
+            Comparison::GreaterOrEqual => ">=",
+            Comparison::Less => "<",
+            Comparison::LessOrEqual => "<=",
+        }
+    }
+}
+
+/// One term of an order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the names say it")]
+pub struct Order {
+    pub column: usize,
+    pub descending: bool,
+    pub nulls_first: bool,
+}
+
+impl Literal {
+    /// Reads a literal as a column's type wants it. The error is a sentence that names the column.
+    pub fn parse(column: &Column, text: &str) -> Result<Literal, Error> {
+        let literal = match column.kind {
+            ColumnType::Text => Some(Literal::Text(text.to_owned())),
+            ColumnType::Integer => text.parse().ok().map(Literal::Integer),
+            ColumnType::Real => text.parse().ok().filter(|x: &f64| x.is_finite()).map(Literal::Real),
+            ColumnType::Boolean => text.parse().ok().map(|b: bool| Literal::Integer(i64::from(b))),
+            ColumnType::Bytes => bytes(text).map(Literal::Blob),
+            ColumnType::Timestamp => timestamp(text).map(Literal::Text),
+            ColumnType::Uuid => uuid::Uuid::parse_str(text).ok().map(|u| Literal::Text(u.hyphenated().to_string())),
+            ColumnType::Decimal => is_decimal(text).then(|| Literal::Text(text.to_owned())),
+            ColumnType::Json => {
+                return Err(Error::Refused(format!(
+                    "column {:?} is json, which cannot be compared; use is, like or ilike",
+                    column.name
+                )));
+            }
+        };
+        literal.ok_or_else(|| {
+            let (name, kind) = (&column.name, column.kind.name());
+            let article = if kind == "integer" { "an" } else { "a" };
+            let value = if kind == "bytes" { "base64".to_owned() } else { format!("{article} {kind}") };
+            Error::Refused(format!("column {name:?} is {value}; {text:?} is not"))
+        })
+    }
+
+    fn bind(&self, arguments: &mut SqliteArguments) {
+        let bound = match self {
+            Literal::Integer(value) => arguments.add(*value),
+            Literal::Real(value) => arguments.add(*value),
+            Literal::Text(value) => arguments.add(value.clone()),
+            Literal::Blob(value) => arguments.add(value.clone()),
+        };
+        bound.expect("plain values can always be bound");
+    }
+}
+
+fn bytes(text: &str) -> Option<Vec<u8>> {
+    // A plus sign in a URL arrives as a space unless it is escaped.
+    let standard: String = text
+        .trim_end_matches('=')
+        .chars()
+        .map(|c| match c {
+            '-' | ' ' => '+',
+            '_' => '/',
+            c => c,
+        })
+        .collect();
+    base64::engine::general_purpose::STANDARD_NO_PAD.decode(standard).ok()
+}
+
+fn timestamp(text: &str) -> Option<String> {
+    // A plus sign in a URL arrives as a space unless it is escaped.
+    let text = if text.contains('T') { text.replace(' ', "+") } else { text.to_owned() };
+    let time = [text.clone(), format!("{text}Z"), format!("{text}T00:00:00Z")];
+    let time: Time = time.iter().find_map(|t| t.parse().ok())?;
+    let mut sortable = String::with_capacity(27);
+    time.write_sortable(&mut sortable);
+    Some(sortable)
+}
+
+fn is_decimal(text: &str) -> bool {
+    let digits = text.strip_prefix('-').unwrap_or(text);
+    let (whole, fraction) = digits.split_once('.').unwrap_or((digits, "0"));
+    [whole, fraction].iter().all(|part| !part.is_empty() && part.bytes().all(|b| b.is_ascii_digit()))
+}
+
+/// The name under which [`compare_decimals`] is registered on every reader's connection.
+pub(super) const DECIMAL: &str = "decimal";
+
+/// Orders decimals of any length as numbers. Whatever is no decimal comes after all decimals, as text, so that the
+/// order is total.
+pub(super) fn compare_decimals(a: &str, b: &str) -> Ordering {
+    match (is_decimal(a), is_decimal(b)) {
+        (true, true) => {}
+        (false, false) => return a.cmp(b),
+        (a_is, _) => {
+            return if a_is { Ordering::Less } else { Ordering::Greater };
+        }
+    }
+    let parts = |text| {
+        let digits = str::trim_start_matches(text, '-').trim_start_matches('0');
+        let (whole, fraction) = digits.split_once('.').unwrap_or((digits, ""));
+        (whole, fraction.trim_end_matches('0'))
+    };
+    let ((a_whole, a_fraction), (b_whole, b_fraction)) = (parts(a), parts(b));
+    let negative =
+        |text: &str, whole: &str, fraction: &str| text.starts_with('-') && !(whole.is_empty() && fraction.is_empty());
+    let magnitude = || {
+        (a_whole.len().cmp(&b_whole.len())).then_with(|| a_whole.cmp(b_whole)).then_with(|| a_fraction.cmp(b_fraction))
+    };
+    match (negative(a, a_whole, a_fraction), negative(b, b_whole, b_fraction)) {
+        (false, false) => magnitude(),
+        (true, true) => magnitude().reverse(),
+        (true, false) => Ordering::Less,
+        (false, true) => Ordering::Greater,
+    }
+}
+
+impl Select {
+    /// Everything in a view, in the order of the key.
+    pub fn all(schema: &ViewSchema, limit: u64) -> Select {
+        let columns =
+            schema.columns.iter().enumerate().map(|(column, c)| Output { name: c.name.clone(), column }).collect();
+        Select { columns, limit, ..Select::default() }
+    }
+
+    /// The types of the answer's columns.
+    pub fn kinds(&self, schema: &ViewSchema) -> Vec<ColumnType> {
+        self.columns.iter().map(|o| schema.columns[o.column].kind).collect()
+    }
+
+    /// The statement and its arguments.
+    pub(super) fn rows_sql(&self, schema: &ViewSchema) -> (String, SqliteArguments) {
+        let mut arguments = SqliteArguments::default();
+        let columns: Vec<_> = self.columns.iter().map(|o| quote(&schema.columns[o.column].name)).collect();
+        let sql = format!(
+            "SELECT {} FROM {}{} ORDER BY {} LIMIT {} OFFSET {}",
+            columns.join(", "),
+            quote(&schema.name),
+            self.where_sql(schema, &mut arguments),
+            self.order_sql(schema),
+            // SQLite's limits are signed, and a negative one means none.
+            i64::try_from(self.limit).unwrap_or(i64::MAX),
+            i64::try_from(self.offset).unwrap_or(i64::MAX)
+        );
+        (sql, arguments)
+    }
+
+    pub(super) fn count_sql(&self, schema: &ViewSchema) -> (String, SqliteArguments) {
+        let mut arguments = SqliteArguments::default();
+        let conditions = self.where_sql(schema, &mut arguments);
+        (format!("SELECT count(*) FROM {}{conditions}", quote(&schema.name)), arguments)
+    }
+
+    fn where_sql(&self, schema: &ViewSchema, arguments: &mut SqliteArguments) -> String {
+        let conditions: Vec<_> = self.filters.iter().map(|f| f.sql(schema, arguments)).collect();
+        if conditions.is_empty() { String::new() } else { format!(" WHERE {}", conditions.join(" AND ")) }
+    }
+
+    fn order_sql(&self, schema: &ViewSchema) -> String {
+        let mut terms: Vec<String> = self.order.iter().map(|o| o.sql(&schema.columns[o.column])).collect();
+        // The key goes in the direction of the last term, so that an index (whose entries end with the key) can be
+        // read forwards or backwards instead of sorting.
+        let descending = self.order.last().is_some_and(|o| o.descending);
+        for column in schema.key_columns() {
+            if !self.order.iter().any(|o| o.column == column) {
+                terms.push(Order { column, descending, nulls_first: false }.sql(&schema.columns[column]));
+            }
+        }
+        terms.join(", ")
+    }
+}
+
+impl Order {
+    fn sql(self, column: &Column) -> String {
+        let direction = if self.descending { " DESC" } else { "" };
+        // Saying nothing about nulls lets SQLite use an index.
+        let nulls = match (column.nullable, self.nulls_first) {
+            (false, _) => "",
+            (true, true) => " NULLS FIRST",
+            (true, false) => " NULLS LAST",
+        };
+        format!("{}{}{direction}{nulls}", quote(&column.name), collate(column.kind))
+    }
+}
+
+fn collate(kind: ColumnType) -> &'static str {
+    if kind == ColumnType::Decimal { " COLLATE decimal" } else { "" }
+}
+
+impl Filter {
+    fn sql(&self, schema: &ViewSchema, arguments: &mut SqliteArguments) -> String {
+        let column = &schema.columns[self.column];
+        let name = format!("{}{}", quote(&column.name), collate(column.kind));
+        let mut bind = |literal: &Literal| {
+            literal.bind(arguments);
+            "?"
+        };
+        let condition = match &self.test {
+            Test::Compare(comparison, literal) => {
+                format!("{name} {} {}", comparison.sql(), bind(literal))
+            }
+            Test::In(literals) => {
+                let places: Vec<_> = literals.iter().map(bind).collect();
+                format!("{name} IN ({})", places.join(", "))
+            }
+            Test::Like { pattern, ignore_case: false } => {
+                format!("{name} GLOB {}", bind(&Literal::Text(glob(pattern))))
+            }
+            Test::Like { pattern, ignore_case: true } => {
+                format!("{name} LIKE {} ESCAPE '\\'", bind(&Literal::Text(like(pattern))))
+            }
+            Test::IsNull => format!("{name} IS NULL"),
+            Test::IsNotNull => format!("{name} IS NOT NULL"),
+            Test::Is(value) => format!("{name} IS {}", i64::from(*value)),
+        };
+        if self.negated { format!("NOT ({condition})") } else { condition }
+    }
+}
+
+/// A part of a pattern.
+enum Part {
+    Any,
+    One,
+    Character(char),
+}
+
+fn parts(pattern: &str) -> impl Iterator<Item = Part> {
+    let mut characters = pattern.chars();
+    std::iter::from_fn(move || {
+        Some(match characters.next()? {
+            '%' | '*' => Part::Any,
+            '_' => Part::One,
+            '\\' => Part::Character(characters.next().unwrap_or('\\')),
+            c => Part::Character(c),
+        })
+    })
+}
+
+/// SQLite's LIKE ignores case (of ASCII letters), so the case-sensitive form is GLOB.
+fn glob(pattern: &str) -> String {
+    let mut out = String::new();
+    for part in parts(pattern) {
+        match part {
+            Part::Any => out.push('*'),
+            Part::One => out.push('?'),
+            Part::Character(c @ ('*' | '?' | '[')) => out.extend(['[', c, ']']),
+            Part::Character(c) => out.push(c),
+        }
+    }
+    out
+}
+
+fn like(pattern: &str) -> String {
+    let mut out = String::new();
+    for part in parts(pattern) {
+        match part {
+            Part::Any => out.push('%'),
+            Part::One => out.push('_'),
+            Part::Character(c @ ('%' | '_' | '\\')) => out.extend(['\\', c]),
+            Part::Character(c) => out.push(c),
+        }
+    }
+    out
+}

@@ -1,0 +1,138 @@
+//! Rows as JSON and as text, the same over HTTP and on the command line.
+//!
+//! | column | JSON | CSV and tables |
+//! | --- | --- | --- |
+//! | text, uuid | string | the text |
+//! | integer, real | number | the number |
+//! | boolean | true, false | true, false |
+//! | bytes | base64 string | base64 |
+//! | timestamp | string, always 27 characters, UTC | the same |
+//! | json | the value itself | its text |
+//! | decimal | string: most readers of JSON would round a number | the digits |
+//! | absent | null | empty |
+//!
+//! Results of SQL have SQLite's types only: a boolean is 0 or 1 there, a JSON column is a string.
+
+use std::borrow::Cow;
+use std::fmt::Write as _;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use serde_json::value::RawValue;
+
+use super::readers::Value;
+use crate::manifest::ColumnType;
+
+/// Writes rows as JSON objects.
+pub struct JsonRows {
+    columns: Vec<(String, Option<ColumnType>)>,
+}
+
+impl JsonRows {
+    /// Columns by name and, for views, type.
+    pub fn new<'a>(columns: impl IntoIterator<Item = (&'a str, Option<ColumnType>)>) -> JsonRows {
+        let name = |name: &str| format!("{}:", serde_json::to_string(name).expect("a string"));
+        JsonRows { columns: columns.into_iter().map(|(n, kind)| (name(n), kind)).collect() }
+    }
+
+    /// Appends one row.
+    pub fn write(&self, values: &[Value<'_>], out: &mut Vec<u8>) {
+        out.push(b'{');
+        for (i, ((name, kind), value)) in self.columns.iter().zip(values).enumerate() {
+            if i > 0 {
+                out.push(b',');
+            }
+            out.extend_from_slice(name.as_bytes());
+            write_json(*kind, *value, out);
+        }
+        out.push(b'}');
+    }
+}
+
+fn write_json(kind: Option<ColumnType>, value: Value<'_>, out: &mut Vec<u8>) {
+    match (kind, value) {
+        (_, Value::Null) => out.extend_from_slice(b"null"),
+        (Some(ColumnType::Boolean), Value::Integer(i)) => {
+            out.extend_from_slice(if i != 0 { b"true" } else { b"false" });
+        }
+        // Anyone may have changed the file; one bad value must not make the whole answer unreadable.
+        (Some(ColumnType::Json), Value::Text(text)) if serde_json::from_str::<&RawValue>(text).is_ok() => {
+            out.extend_from_slice(text.as_bytes());
+        }
+        (_, Value::Integer(i)) => serde_json::to_writer(out, &i).expect("writing to memory cannot fail"),
+        // Not a number and the infinities, which only SQL can compute, become null.
+        (_, Value::Real(x)) => serde_json::to_writer(out, &x).expect("writing to memory cannot fail"),
+        (_, Value::Text(text)) => serde_json::to_writer(out, text).expect("writing to memory cannot fail"),
+        (_, Value::Blob(bytes)) => {
+            out.push(b'"');
+            out.extend_from_slice(STANDARD.encode(bytes).as_bytes());
+            out.push(b'"');
+        }
+    }
+}
+
+/// A value as CSV and tables show it.
+pub fn text(kind: Option<ColumnType>, value: Value<'_>) -> Cow<'_, str> {
+    match (kind, value) {
+        (_, Value::Null) => Cow::Borrowed(""),
+        (Some(ColumnType::Boolean), Value::Integer(i)) => Cow::Borrowed(if i != 0 { "true" } else { "false" }),
+        (_, Value::Integer(i)) => Cow::Owned(i.to_string()),
+        (_, Value::Real(x)) => {
+            let mut out = String::new();
+            // As in JSON: 1.0 stays visibly a real.
+            write!(out, "{x:?}").expect("writing to a string cannot fail");
+            Cow::Owned(out)
+        }
+        (_, Value::Text(text)) => Cow::Borrowed(text),
+        (_, Value::Blob(bytes)) => Cow::Owned(STANDARD.encode(bytes)),
+    }
+}
+
+/// Appends one line of CSV. Values are quoted where they must be; lines end with a line feed.
+pub fn write_csv<T: AsRef<str>>(values: impl IntoIterator<Item = T>, out: &mut Vec<u8>) {
+    let mut writer = csv::WriterBuilder::new().from_writer(out);
+    for value in values {
+        writer.write_field(value.as_ref()).expect("writing to memory cannot fail");
+    }
+    writer.write_record(None::<&[u8]>).expect("writing to memory cannot fail");
+    writer.flush().expect("writing to memory cannot fail");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_by_column_type() {
+        use ColumnType::*;
+        for (kind, value, json, csv) in [
+            (Some(Text), Value::Null, "null", ""),
+            (Some(Text), Value::Text("a\"b,c\n"), r#""a\"b,c\n""#, "a\"b,c\n"),
+            (Some(Integer), Value::Integer(i64::MIN), "-9223372036854775808", "-9223372036854775808"),
+            (Some(Real), Value::Real(1.0), "1.0", "1.0"),
+            (None, Value::Real(f64::INFINITY), "null", "inf"),
+            (Some(Boolean), Value::Integer(1), "true", "true"),
+            (None, Value::Integer(1), "1", "1"),
+            (Some(Bytes), Value::Blob(b"hi"), "\"aGk=\"", "aGk="),
+            (Some(Json), Value::Text("{\"a\":1}"), "{\"a\":1}", "{\"a\":1}"),
+            (Some(Json), Value::Text("{"), "\"{\"", "{"),
+            (Some(Decimal), Value::Text("1.50"), "\"1.50\"", "1.50"),
+        ] {
+            let mut out = Vec::new();
+            write_json(kind, value, &mut out);
+            assert_eq!(String::from_utf8(out).unwrap(), json);
+            assert_eq!(text(kind, value), csv);
+        }
+    }
+
+    #[test]
+    fn rows() {
+        let mut out = Vec::new();
+        JsonRows::new([("a", None), ("b\"", None)]).write(&[Value::Integer(1), Value::Null], &mut out);
+        assert_eq!(String::from_utf8(out).unwrap(), r#"{"a":1,"b\"":null}"#);
+        let mut out = Vec::new();
+        write_csv(["a", "b,\"c\"", ""], &mut out);
+        write_csv([""], &mut out);
+        assert_eq!(String::from_utf8(out).unwrap(), "a,\"b,\"\"c\"\"\",\n\"\"\n");
+    }
+}

@@ -1,0 +1,143 @@
+//! Accounts that are moved by two services. Each row has a digest of the events in the order in which they came, so two
+//! rows are equal only if they were made by the same events in the same order. Other events misbehave on purpose.
+
+use serde::Deserialize;
+use shadowbox_plugin::prelude::*;
+
+#[derive(Events)]
+enum Fact<'a> {
+    #[event("Moved", source = "left")]
+    #[event("Moved", source = "right")]
+    Moved(Moved<'a>),
+    #[event("Closed", source = "left")]
+    Closed(Closed<'a>),
+    #[event("Refused", source = "left")]
+    Refused,
+    #[event("Panics", source = "left")]
+    Panics,
+    #[event("Loops", source = "left")]
+    Loops,
+    #[event("Grows", source = "left")]
+    Grows,
+    #[event("Exits", source = "left")]
+    Exits,
+    #[event("Prints", source = "left")]
+    Prints,
+    #[event("Looks", source = "left")]
+    Looks,
+}
+
+#[derive(Deserialize)]
+struct Moved<'a> {
+    account: &'a str,
+    amount: i64,
+}
+
+#[derive(Deserialize)]
+struct Closed<'a> {
+    account: &'a str,
+}
+
+/// A row of the view `ledger`.
+#[derive(View, Default)]
+#[view(name = "ledger", index(amount))]
+struct Account {
+    #[view(key)]
+    account: String,
+    amount: i64,
+    events: i64,
+    /// Depends on the order of the events.
+    digest: i64,
+    /// Which code touched the row last.
+    code: i64,
+    updated: Option<Timestamp>,
+    #[cfg(feature = "v2")]
+    doubled: i64,
+}
+
+/// What a plugin sees of the world.
+#[derive(View, Default)]
+#[view(name = "sights")]
+struct Sight {
+    #[view(key)]
+    what: String,
+    seen: String,
+}
+
+const CODE: i64 = if cfg!(feature = "v2") {
+    3
+} else if cfg!(feature = "tweaked") {
+    2
+} else {
+    1
+};
+
+#[cfg(not(feature = "v2"))]
+#[projection(name = "ledger", version = 1, views(Account, Sight))]
+fn ledger(event: Event<Fact>, views: &mut Views) -> Result<()> {
+    apply(event, views)
+}
+
+#[cfg(feature = "v2")]
+#[projection(name = "ledger", version = 2, views(Account, Sight))]
+fn ledger(event: Event<Fact>, views: &mut Views) -> Result<()> {
+    apply(event, views)
+}
+
+fn apply(event: Event<Fact>, views: &mut Views) -> Result<()> {
+    assert!(!cfg!(feature = "broken"), "this module is broken");
+    match event.data {
+        Fact::Moved(moved) => views.upsert::<Account>(moved.account, |row| {
+            row.amount += moved.amount;
+            row.events += 1;
+            let from = if event.source == "left" { 1 } else { 2 };
+            row.digest = row.digest.wrapping_mul(31).wrapping_add(event.position as i64 * 2 + from);
+            row.code = CODE;
+            row.updated = Some(event.time);
+            #[cfg(feature = "v2")]
+            {
+                row.doubled = row.amount * 2;
+            }
+        }),
+        Fact::Closed(closed) => views.delete::<Account>(closed.account),
+        Fact::Refused => bail!("the event says so"),
+        Fact::Panics => panic!("the event says so"),
+        Fact::Loops => loop {
+            std::hint::spin_loop();
+        },
+        Fact::Grows => {
+            let mut hoard: Vec<Vec<u8>> = Vec::new();
+            loop {
+                hoard.push(vec![1; 1 << 20]);
+                std::hint::black_box(&hoard);
+            }
+        }
+        Fact::Exits => std::process::exit(3),
+        Fact::Prints => {
+            for _ in 0..10_000 {
+                print!("a line that nobody needs\n");
+            }
+            Ok(())
+        }
+        Fact::Looks => look(views),
+    }
+}
+
+/// Everything of the world that could make a row depend on when or where it was made.
+fn look(views: &mut Views) -> Result<()> {
+    use std::hash::{BuildHasher, RandomState};
+    let epoch = std::time::SystemTime::UNIX_EPOCH;
+    let sights = [
+        ("time", format!("{:?}", std::time::SystemTime::now().duration_since(epoch)?)),
+        ("elapsed", format!("{:?}", std::time::Instant::now().elapsed())),
+        ("random", RandomState::new().hash_one(0).to_string()),
+        ("environment", format!("{:?}", std::env::vars().collect::<Vec<_>>())),
+        ("arguments", format!("{:?}", std::env::args().collect::<Vec<_>>())),
+        ("file", format!("{:?}", std::fs::read("/etc/hostname").map_err(|e| e.kind()))),
+        ("network", format!("{:?}", std::net::TcpStream::connect("127.0.0.1:7070").map_err(|e| e.kind()).map(drop))),
+    ];
+    for (what, seen) in sights {
+        views.put(Sight { what: what.to_owned(), seen })?;
+    }
+    Ok(())
+}
