@@ -35,7 +35,7 @@ pub(crate) struct Limits {
 impl Limits {
     /// The limits of each table of a projection with this many views.
     pub(crate) fn for_views(views: usize) -> Self {
-        Self { rows: 65_536, bytes: (32 << 20) / views.max(1) }
+        Self { rows: 32_768, bytes: (32 << 20) / views.max(1) }
     }
 }
 
@@ -330,4 +330,104 @@ fn change_row<V: View>(row: &mut V, key: V::Key<'_>, change: impl FnOnce(&mut V)
 
 fn check<V: View>(row: &V) -> Result<()> {
     row.check().map_err(|error| error.within(format_args!("a row of `{}`", V::SCHEMA.name)))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cmp::Ordering;
+
+    use super::*;
+    use crate::view::Schema;
+
+    /// A view written by hand: a number and nothing else.
+    struct Number(i64);
+
+    impl View for Number {
+        const SCHEMA: Schema = Schema { name: "numbers", columns: &[], key: &["n"], indexes: &[] };
+        type Key<'k> = i64;
+        fn key(&self) -> i64 {
+            self.0
+        }
+        fn set_key(&mut self, key: i64) {
+            self.0 = key;
+        }
+        fn has_key(&self, key: i64) -> bool {
+            self.0 == key
+        }
+        fn encode_key(key: i64, out: &mut Vec<u8>) {
+            out.extend(key.to_le_bytes());
+        }
+        fn compare_keys(&self, other: &Self) -> Ordering {
+            self.0.cmp(&other.0)
+        }
+        fn check(&self) -> Result<(), Error> {
+            Ok(())
+        }
+        fn encode_row(&self, out: &mut Vec<u8>) -> Result<(), Error> {
+            out.extend([0; 100]);
+            Ok(())
+        }
+        fn decode(key: &mut &[u8], row: &mut &[u8]) -> Result<Self, Error> {
+            let number = i64::from_le_bytes((*key).try_into()?);
+            (*key, *row) = (&[], &[]);
+            Ok(Self(number))
+        }
+    }
+
+    /// A host without rows.
+    struct Empty;
+
+    impl Store for Empty {
+        fn get(&self, _: u32, _: &[u8]) -> Option<Vec<u8>> {
+            None
+        }
+        fn get_many(&self, _: u32, _: &[u8]) -> Vec<u8> {
+            unreachable!("no test loads")
+        }
+    }
+
+    fn table(limits: Limits) -> Table<Number> {
+        Table::new(0, Rc::new(Empty), limits)
+    }
+
+    #[test]
+    fn what_stays_is_bounded_in_rows_and_in_bytes() {
+        for limits in [Limits { rows: 100, bytes: usize::MAX }, Limits { rows: usize::MAX, bytes: 100 * 108 }] {
+            let mut table = table(limits);
+            for n in 0..10_000 {
+                // One row is written, another looked up in vain.
+                table.put(Number(n), 1).unwrap();
+                table.row(-n - 1).unwrap();
+                table.write_changes(&mut Vec::new()).map_err(|failure| failure.message).unwrap();
+                let bytes: usize = table.entries.iter().map(|entry| entry.bytes as usize).sum();
+                assert!(table.entries.len() <= limits.rows.saturating_add(2), "{} entries", table.entries.len());
+                assert!(bytes <= limits.bytes.saturating_add(2 * 108), "{bytes} bytes");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_used_all_the_time_stays() {
+        let mut table = table(Limits { rows: 10, bytes: usize::MAX });
+        table.put(Number(-1), 1).unwrap();
+        for n in 0..1_000 {
+            table.put(Number(n), 1).unwrap();
+            let hot = table.row(-1).unwrap();
+            assert!(table.at(hot).is_some(), "the row was evicted, and the host does not have it");
+            table.write_changes(&mut Vec::new()).map_err(|failure| failure.message).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_batch_keeps_all_that_it_touches() {
+        let mut table = table(Limits { rows: 4, bytes: 64 });
+        for n in 0..1_000 {
+            table.put(Number(n), 1).unwrap();
+        }
+        assert_eq!(table.changed(), 1_000);
+        for n in 0..1_000 {
+            let entry = table.row(n).unwrap();
+            assert!(table.at(entry).is_some());
+        }
+    }
 }

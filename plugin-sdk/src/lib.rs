@@ -86,8 +86,8 @@
 //! - [`Error`], [`bail!`], [`ensure!`]: how it refuses.
 //! - [`TestKit`], [`TestEvent`]: how it is tested.
 
-// The derive macros name this crate from outside; its own tests are inside.
-#[cfg(test)]
+// The macros name this crate from outside; its own tests are inside.
+#[cfg(all(test, not(target_arch = "wasm32")))]
 extern crate self as shadowbox_plugin;
 
 pub mod column;
@@ -102,8 +102,6 @@ mod event;
 mod glob;
 mod manifest;
 mod projection;
-#[cfg(test)]
-mod properties;
 mod testkit;
 mod timestamp;
 mod views;
@@ -232,8 +230,9 @@ pub use shadowbox_plugin_macros::View;
 ///   beside the old ones, and switches when they have caught up.
 /// - `views(...)`: the rows' types. Views are complete to the same position together.
 ///
-/// In place of the function stands a unit struct of its name, which implements [`Projection`] and is what
-/// [`TestKit::new`] takes. For `wasm32` it is also exported as the plugin's component, so a crate has one projection.
+/// In place of the function stands a type of its name, which implements [`Projection`], and a function that makes one,
+/// which is what [`TestKit::new`] takes. For `wasm32` the type is also exported as the plugin's component, so a crate has
+/// one projection.
 pub use shadowbox_plugin_macros::projection;
 
 /// All that a plugin names: `use shadowbox_plugin::prelude::*;`

@@ -11,8 +11,8 @@ use crate::views::{AnyTable, Store, Views, table};
 use crate::wire::Batch;
 use crate::{Error, Event, Events, Timestamp};
 
-/// A projection. Comes from [`#[projection]`](macro@crate::projection), which turns a function into a unit struct of the
-/// same name with this trait.
+/// A projection. Comes from [`#[projection]`](macro@crate::projection), which turns a function into a type of the same
+/// name with this trait.
 pub trait Projection: Sized + 'static {
     /// The projection's name.
     const NAME: &'static str;

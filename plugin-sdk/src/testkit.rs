@@ -66,7 +66,8 @@ pub struct TestKit<P: Projection> {
 
 impl<P: Projection> TestKit<P> {
     /// A kit without events or rows. `projection` is the name of the function with `#[projection]`.
-    pub fn new(projection: P) -> Self {
+    pub fn new(projection: fn() -> P) -> Self {
+        // Its type is all that matters.
         let _ = projection;
         let definition = P::definition();
         let limits = Limits::for_views(definition.views.len());
@@ -214,19 +215,6 @@ impl<P: Projection> TestKit<P> {
             }
         }
         self
-    }
-
-    /// Makes the cache of each view small, for tests of the cache.
-    #[cfg(test)]
-    pub(crate) fn with_cache(mut self, rows: usize) -> Self {
-        self.limits = Limits { rows, bytes: usize::MAX };
-        self
-    }
-
-    /// Drops the instance, as the host may at any time between two batches.
-    #[cfg(test)]
-    pub(crate) fn drop_instance(&mut self) {
-        self.instance = None;
     }
 
     fn fresh_instance(&self, store: &Rc<Memory>) -> Instance<P> {
@@ -521,12 +509,6 @@ impl<'a> Dictionary<'a> {
     }
 }
 
-/// A batch of these events, for tests of its decoding.
-#[cfg(test)]
-pub(crate) fn encoded(events: impl Iterator<Item = TestEvent>) -> Vec<u8> {
-    encode(&events.enumerate().map(|(i, event)| event.deliver(i as u64, i)).collect::<Vec<_>>())
-}
-
 /// Encoded values for people to read.
 fn printed(mut values: &[u8]) -> String {
     let mut text = String::from("(");
@@ -549,3 +531,7 @@ fn printed(mut values: &[u8]) -> String {
     }
     text + ")"
 }
+
+// Not for wasm32, where a crate can have one projection only.
+#[cfg(all(test, not(target_arch = "wasm32")))]
+mod properties;

@@ -1,3 +1,5 @@
+//! What a view is, beyond its columns.
+
 use std::cmp::Ordering;
 
 use crate::Error;

@@ -196,3 +196,100 @@ impl<'a> Texts<'a> {
         &self.text[self.values.range(i)]
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use serde::Serialize;
+    use serde_bytes::ByteBuf;
+
+    use super::*;
+
+    #[derive(Clone, Serialize)]
+    #[serde(untagged)]
+    enum Column {
+        Bytes(ByteBuf),
+        Names(Vec<&'static str>),
+    }
+
+    fn bytes(bytes: impl Into<Vec<u8>>) -> Column {
+        Column::Bytes(ByteBuf::from(bytes.into()))
+    }
+
+    /// Two events, with the columns that always come and one that no contract knows yet.
+    fn columns() -> BTreeMap<&'static str, Column> {
+        BTreeMap::from([
+            ("positions", bytes([[7, 0, 0, 0, 0, 0, 0, 0], [9, 0, 0, 0, 0, 0, 0, 1]].concat())),
+            ("times", bytes([[0; 8], [0xff; 8]].concat())),
+            ("sources", Column::Names(vec!["orders"])),
+            ("source", bytes([0, 0, 0, 0])),
+            ("types", Column::Names(vec!["A", "B"])),
+            ("type", bytes([1, 0, 0, 0])),
+            ("tenants", bytes([1, 2, 3])),
+        ])
+    }
+
+    fn decoded(columns: &BTreeMap<&str, Column>) -> Result<Vec<String>, String> {
+        let encoded = rmp_serde::to_vec_named(columns).unwrap();
+        let batch = Batch::decode(&encoded).map_err(|error| error.to_string())?;
+        Ok((0..batch.len())
+            .map(|i| {
+                let Fixed { position, time, version, source, event_type } = batch.fixed(i);
+                let (stream, (payload, text)) = (batch.stream(i), batch.payload(i));
+                format!("{source} {position} v{version} {event_type} at {time} in `{stream}`: {payload:?} {text:?}")
+            })
+            .collect())
+    }
+
+    #[test]
+    fn columns_may_be_absent_or_unknown() {
+        let events = decoded(&columns()).unwrap();
+        assert_eq!(
+            events,
+            [
+                r#"orders 7 v0 B at 0 in ``: [] Some("")"#,
+                r#"orders 72057594037927945 v0 A at -1 in ``: [] Some("")"#
+            ]
+        );
+    }
+
+    #[test]
+    fn payloads_need_not_be_text_but_the_others_must() {
+        let mut columns = columns();
+        columns.insert("payloads", bytes([b'1', 0xff, 0xc3, 0xa9]));
+        columns.insert("payload_ends", bytes([1, 0, 0, 0, 4, 0, 0, 0]));
+        assert!(decoded(&columns).unwrap()[1].ends_with("[255, 195, 169] None"));
+        // An end inside a character.
+        columns.insert("payloads", bytes("né"));
+        columns.insert("payload_ends", bytes([2, 0, 0, 0, 3, 0, 0, 0]));
+        assert!(decoded(&columns).unwrap()[0].ends_with("[110, 195] None"));
+        columns.insert("streams", bytes("né"));
+        columns.insert("stream_ends", bytes([2, 0, 0, 0, 3, 0, 0, 0]));
+        assert_eq!(decoded(&columns).unwrap_err(), "an end in `streams` is inside a character");
+    }
+
+    #[test]
+    fn a_malformed_batch_is_refused_with_a_reason() {
+        for (name, column, expected) in [
+            ("positions", bytes([]), "no events"),
+            ("times", bytes([0; 15]), "`times` has 15 bytes for 2 events"),
+            ("versions", bytes([0; 8]), "`versions` has 8 bytes for 2 events"),
+            ("type", bytes([0, 0, 2, 0]), "an index is beyond its dictionary"),
+            ("payloads", bytes([]), "`payloads` came without its other half"),
+        ] {
+            let mut columns = columns();
+            columns.insert(name, column);
+            assert_eq!(decoded(&columns).unwrap_err(), expected);
+        }
+        for (ends, expected) in [
+            ([3, 0, 0, 0, 2, 0, 0, 0], "an end in `ids` is before its beginning"),
+            ([1, 0, 0, 0, 2, 0, 0, 0], "`ids` ends at 2 and has 3 bytes"),
+        ] {
+            let mut columns = columns();
+            columns.insert("ids", bytes("abc"));
+            columns.insert("id_ends", bytes(ends));
+            assert_eq!(decoded(&columns).unwrap_err(), expected);
+        }
+    }
+}

@@ -1,10 +1,10 @@
 //! The macros of `shadowbox-plugin`, which re-exports and documents them.
 //!
-//! - [`view`]: `#[derive(View)]`, a struct becomes a table.
-//! - [`events`]: `#[derive(Events)]`, an enum becomes a subscription and a parser.
-//! - [`text_enum`]: `#[derive(TextEnum)]`, an enum becomes a text column.
-//! - [`projection`]: `#[projection]`, a function becomes a projection and, for `wasm32`, a component.
-//! - [`names`]: the contract's rules for names and globs, checked while compiling.
+//! - `view`: `#[derive(View)]`, a struct becomes a table.
+//! - `events`: `#[derive(Events)]`, an enum becomes a subscription and a parser.
+//! - `text_enum`: `#[derive(TextEnum)]`, an enum becomes a text column.
+//! - `projection`: `#[projection]`, a function becomes a projection and, for `wasm32`, a component.
+//! - `names`: the contract's rules for names and globs, checked while compiling.
 //!
 //! Whatever can be said before the plugin runs is said here, at the token that is wrong.
 

@@ -55,7 +55,7 @@ pub(crate) fn expand(arguments: &Arguments, function: ItemFn) -> Result<TokenStr
     check_signature(&function)?;
     let Arguments { name: projection, version, views } = arguments;
     let (sdk, name, visibility) = (quote!(::shadowbox_plugin), &function.sig.ident, &function.vis);
-    let docs = function.attrs.iter().filter(|attribute| attribute.path().is_ident("doc"));
+    let docs: Vec<_> = function.attrs.iter().filter(|attribute| attribute.path().is_ident("doc")).collect();
     let views = views.iter().map(|view| quote_spanned!(view.span()=> .view::<#view>()));
     let mut function_inside = function.clone();
     function_inside.vis = syn::Visibility::Inherited;
@@ -63,7 +63,14 @@ pub(crate) fn expand(arguments: &Arguments, function: ItemFn) -> Result<TokenStr
         #(#docs)*
         #[allow(non_camel_case_types, reason = "it has the name of the function that it stands for")]
         #[derive(Clone, Copy, Debug)]
-        #visibility struct #name;
+        #visibility struct #name {}
+
+        // A function, not a unit struct: nobody could name a variable like a unit struct.
+        #(#docs)*
+        #[allow(dead_code, reason = "only tests name it")]
+        #visibility fn #name() -> #name {
+            #name {}
+        }
 
         const _: () = {
             #function_inside

@@ -15,7 +15,6 @@ use super::engine::ticks;
 use crate::config::{SandboxLimits, limits};
 
 pub(super) mod bindings {
-    #![expect(missing_docs, reason = "generated; the documentation is in wit/projection.wit")]
     wasmtime::component::bindgen!({
         path: "../wit",
         world: "plugin",

@@ -33,6 +33,9 @@ pub enum Error {
     /// All readers' connections were taken for [`limits::QUERY_TIME`].
     #[error("all {} readers of this view are busy; try again later", limits::READERS)]
     Busy,
+    /// Whoever was to get the rows did not take them.
+    #[error("cannot write the rows")]
+    Output(#[source] std::io::Error),
     /// SQLite failed in another way.
     #[error("SQLite: {0}")]
     Database(String),

@@ -17,13 +17,19 @@ use crate::config::limits;
 /// What of a path can stand in an SQLite URI as it is.
 const PATH: &AsciiSet = &NON_ALPHANUMERIC.remove(b'/').remove(b'.').remove(b'-').remove(b'_');
 
-/// Runs one read-only statement. `columns` gets the names of the columns, once and before any row, also if there are no
-/// rows; `row` gets each row, and its first error ends the query.
+/// A part of an answer.
+pub enum Part<'a> {
+    /// The names of the columns; comes once and before any row, also if there are no rows.
+    Columns(Vec<&'a str>),
+    /// The values of a row.
+    Row(&'a [Value<'a>]),
+}
+
+/// Runs one read-only statement. `each` gets the answer part by part; its first error ends the query.
 pub async fn query(
     live: &[GenerationRecord],
     sql: &str,
-    columns: impl FnOnce(Vec<String>) -> Result<(), Error>,
-    mut row: impl FnMut(&[Value<'_>]) -> Result<(), Error> + Send,
+    mut each: impl FnMut(Part<'_>) -> Result<(), Error> + Send,
 ) -> Result<(), Error> {
     let names = identifiers(sql)?;
     let used: Vec<_> = live.iter().filter(|l| uses(&names, l)).collect();
@@ -47,9 +53,9 @@ pub async fn query(
         .prepare(AssertSqlSafe(sql).into_sql_str())
         .await
         .map_err(|error| explain(Error::from(error), live))?;
-    columns(statement.columns().iter().map(|c| c.name().to_owned()).collect())?;
+    each(Part::Columns(statement.columns().iter().map(|c| c.name()).collect()))?;
     let rows = sqlx::query(AssertSqlSafe(sql)).persistent(false).fetch(&mut connection);
-    each_row(rows, &mut row).await.map_err(|error| explain(error, live))
+    each_row(rows, &mut |row: &[Value<'_>]| each(Part::Row(row))).await.map_err(|error| explain(error, live))
 }
 
 async fn attach(connection: &mut SqliteConnection, generation: &GenerationRecord) -> Result<(), Error> {

@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 use proptest::prelude::*;
 use serde::{Deserialize, Serialize};
 
+use super::encode;
+use crate::cache::Limits;
 use crate::column::{ColumnType, value};
 use crate::prelude::*;
 use crate::view::decode;
@@ -253,11 +255,12 @@ proptest! {
         batches in prop::collection::vec((prop::collection::vec(op(), 1..8), any::<bool>()), 1..20),
         cache in 0_usize..6,
     ) {
-        let mut kit = TestKit::new(cells).with_cache(cache);
+        let mut kit = TestKit::new(cells);
+        kit.limits = Limits { rows: cache, bytes: usize::MAX };
         let mut model = Model::new();
         for (batch, drop_first) in batches {
             if drop_first {
-                kit.drop_instance();
+                kit.instance = None;
             }
             let mut after = model.clone();
             let succeeds = batch.iter().all(|op| apply_to_model(&mut after, op));
@@ -279,7 +282,9 @@ proptest! {
         changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..4),
         cut in prop::option::of(any::<prop::sample::Index>()),
     ) {
-        let mut bytes = crate::testkit::encoded(ops.iter().map(|op| TestEvent::new("test", "Op", op)));
+        let mut bytes = encode(
+            &(0..).zip(&ops).map(|(i, op)| TestEvent::new("test", "Op", op).deliver(i, 0)).collect::<Vec<_>>(),
+        );
         prop_assert!(Batch::decode(&bytes).is_ok());
         for (at, byte) in changes {
             let at = at.index(bytes.len());

@@ -1,0 +1,312 @@
+//! A departures board: one row a flight, with its airline, its aircraft and the weather that it left in.
+//!
+//! It shows a join that is cheap in the usual order and right in any. Flights, the fleet and the weather are three
+//! services; a flight may be scheduled before its airline is registered, and depart before its weather is reported.
+//!
+//! Everything that flights look up is a **fact**: the name of an airline, the model of an aircraft, the weather at an
+//! airport in an hour. If it is known when a flight needs it, the flight takes it: one row is written. If not, the
+//! flight leaves a note in `waiting`, and the fact gives itself to the flights that wait when it arrives. Notes are rows
+//! of their own, numbered, because a list in one row would be written anew for each flight that joins it.
+//!
+//! Two rules keep the rows independent of the order of arrival:
+//!
+//! - A fact counts once: the first registration or observation is the one that the board shows.
+//! - A flight takes its weather when it departs or is cancelled, never before; otherwise a flight that is still to leave
+//!   would show weather or not, depending on which came first.
+
+use serde::Deserialize;
+use shadowbox_plugin::prelude::*;
+
+/// Codes and ids are borrowed from the batch, text that people wrote is not: `&str` refuses a string with an escape.
+#[derive(Events)]
+enum Input<'a> {
+    #[event("FlightScheduled", source = "flights")]
+    Scheduled(Scheduled<'a>),
+    #[event("FlightDeparted", source = "flights")]
+    Departed(Departed<'a>),
+    #[event("FlightCancelled", source = "flights")]
+    Cancelled(FlightRef<'a>),
+    #[event("FlightArrived", source = "flights")]
+    Arrived(Arrived<'a>),
+    #[event("FlightDiverted", source = "flights")]
+    Diverted(FlightRef<'a>),
+    #[event("AirlineRegistered", source = "fleet")]
+    Airline(Airline<'a>),
+    #[event("AircraftRegistered", source = "fleet")]
+    Aircraft(Aircraft<'a>),
+    #[event("WeatherObserved", source = "weather")]
+    Weather(Weather<'a>),
+}
+
+#[derive(Deserialize)]
+struct Scheduled<'a> {
+    flight_id: &'a str,
+    carrier: &'a str,
+    flight: i64,
+    tailnum: Option<&'a str>,
+    origin: &'a str,
+    dest: &'a str,
+    departs_at: Timestamp,
+}
+
+#[derive(Deserialize)]
+struct Departed<'a> {
+    flight_id: &'a str,
+    dep_delay: i64,
+}
+
+#[derive(Deserialize)]
+struct Arrived<'a> {
+    flight_id: &'a str,
+    arr_delay: i64,
+}
+
+#[derive(Deserialize)]
+struct FlightRef<'a> {
+    flight_id: &'a str,
+}
+
+#[derive(Deserialize)]
+struct Airline<'a> {
+    carrier: &'a str,
+    name: String,
+}
+
+#[derive(Deserialize)]
+struct Aircraft<'a> {
+    tailnum: &'a str,
+    model: String,
+}
+
+#[derive(Deserialize)]
+struct Weather<'a> {
+    airport: &'a str,
+    observed_at: Timestamp,
+    wind_speed: Option<f64>,
+    visib: Option<f64>,
+    precip: Option<f64>,
+}
+
+#[derive(TextEnum, Clone, Copy, Debug, Default, PartialEq)]
+enum Status {
+    #[default]
+    Scheduled,
+    Departed,
+    Arrived,
+    Cancelled,
+    Diverted,
+}
+
+/// A row of the board. Delays are in minutes; the weather is that at the origin in the hour of the scheduled departure.
+#[derive(View, Clone, Debug, Default, PartialEq)]
+#[view(name = "flight_board")]
+struct Flight {
+    #[view(key)]
+    flight_id: String,
+    carrier: String,
+    airline: Option<String>,
+    flight: i64,
+    tailnum: Option<String>,
+    aircraft: Option<String>,
+    origin: String,
+    dest: String,
+    status: Status,
+    departs_at: Timestamp,
+    dep_delay: Option<i64>,
+    arr_delay: Option<i64>,
+    wind_speed: Option<f64>,
+    visibility: Option<f64>,
+    precipitation: Option<f64>,
+}
+
+#[derive(TextEnum, Clone, Copy, Debug, Default, PartialEq)]
+enum Kind {
+    #[default]
+    Airline,
+    Aircraft,
+    Weather,
+}
+
+/// A fact that flights look up, or that some wait for.
+#[derive(View, Clone, Debug, Default, PartialEq)]
+#[view(name = "facts")]
+struct Fact {
+    #[view(key)]
+    kind: Kind,
+    /// A carrier, a tail number or an airport.
+    #[view(key)]
+    id: String,
+    /// The hour of a weather observation; 1970 for what holds at any time.
+    #[view(key)]
+    hour: Timestamp,
+    known: bool,
+    /// Of an airline its name, of an aircraft its model.
+    name: Option<String>,
+    wind_speed: Option<f64>,
+    visibility: Option<f64>,
+    precipitation: Option<f64>,
+    /// How many flights wait for it.
+    waiting: i64,
+}
+
+type FactKey<'a> = (Kind, &'a str, Timestamp);
+
+/// A flight that waits for a fact.
+#[derive(View, Clone, Debug, PartialEq)]
+#[view(name = "waiting")]
+struct Waiting {
+    #[view(key)]
+    kind: Kind,
+    #[view(key)]
+    id: String,
+    #[view(key)]
+    hour: Timestamp,
+    /// From 1 to the fact's `waiting`.
+    #[view(key)]
+    number: i64,
+    flight_id: String,
+}
+
+/// For facts that hold at any time.
+const ALWAYS: Timestamp = Timestamp::from_micros(0);
+
+/// How many flights get a fact at a time: bounds what one call to the host asks for.
+const CHUNK: i64 = 1_000;
+
+#[projection(name = "flight-board", version = 1, views(Flight, Fact, Waiting))]
+fn flight_board(event: Event<Input>, views: &mut Views) -> Result<()> {
+    match event.data {
+        Input::Scheduled(e) => schedule(views, &e),
+        Input::Departed(e) => leave(views, e.flight_id, Status::Departed, Some(e.dep_delay)),
+        Input::Cancelled(e) => leave(views, e.flight_id, Status::Cancelled, None),
+        Input::Arrived(e) => change(views, e.flight_id, |flight| {
+            flight.status = Status::Arrived;
+            flight.arr_delay = Some(e.arr_delay);
+        }),
+        Input::Diverted(e) => change(views, e.flight_id, |flight| flight.status = Status::Diverted),
+        Input::Airline(e) => learn(
+            views,
+            Fact { kind: Kind::Airline, id: e.carrier.into(), name: Some(e.name), ..Default::default() },
+        ),
+        Input::Aircraft(e) => learn(
+            views,
+            Fact { kind: Kind::Aircraft, id: e.tailnum.into(), name: Some(e.model), ..Default::default() },
+        ),
+        Input::Weather(e) => learn(
+            views,
+            Fact {
+                kind: Kind::Weather,
+                id: e.airport.into(),
+                hour: e.observed_at.start_of_hour(),
+                wind_speed: e.wind_speed,
+                visibility: e.visib,
+                precipitation: e.precip,
+                ..Default::default()
+            },
+        ),
+    }
+}
+
+fn schedule(views: &mut Views, e: &Scheduled<'_>) -> Result<()> {
+    let mut flight = Flight {
+        flight_id: e.flight_id.into(),
+        carrier: e.carrier.into(),
+        flight: e.flight,
+        tailnum: e.tailnum.map(Into::into),
+        origin: e.origin.into(),
+        dest: e.dest.into(),
+        departs_at: e.departs_at,
+        ..Default::default()
+    };
+    if let Some(airline) = ask(views, (Kind::Airline, e.carrier, ALWAYS), e.flight_id)? {
+        give(&airline, &mut flight);
+    }
+    if let Some(tailnum) = e.tailnum
+        && let Some(aircraft) = ask(views, (Kind::Aircraft, tailnum, ALWAYS), e.flight_id)?
+    {
+        give(&aircraft, &mut flight);
+    }
+    views.put(flight)
+}
+
+/// The flight has left, or never will: this is when it gets its weather.
+fn leave(views: &mut Views, flight_id: &str, status: Status, dep_delay: Option<i64>) -> Result<()> {
+    let Some(flight) = views.get::<Flight>(flight_id) else { return never_scheduled(flight_id) };
+    let (origin, hour) = (flight.origin.clone(), flight.departs_at.start_of_hour());
+    let weather = ask(views, (Kind::Weather, &origin, hour), flight_id)?;
+    change(views, flight_id, |flight| {
+        flight.status = status;
+        flight.dep_delay = dep_delay;
+        if let Some(weather) = &weather {
+            give(weather, flight);
+        }
+    })
+}
+
+fn change(views: &mut Views, flight_id: &str, change: impl FnOnce(&mut Flight)) -> Result<()> {
+    if views.update::<Flight>(flight_id, change) { Ok(()) } else { never_scheduled(flight_id) }
+}
+
+/// The log of the flights tells their stories in order, so this means that events are missing: stop, and say so.
+fn never_scheduled(flight_id: &str) -> Result<()> {
+    bail!("flight `{flight_id}` was never scheduled")
+}
+
+/// The fact, if it is known; if not, the flight waits for it from now on.
+fn ask(views: &mut Views, key: FactKey<'_>, flight_id: &str) -> Result<Option<Fact>> {
+    let mut number = 1;
+    if let Some(fact) = views.get::<Fact>(key) {
+        if fact.known {
+            return Ok(Some(fact.clone()));
+        }
+        number += fact.waiting;
+    }
+    views.upsert::<Fact>(key, |fact| fact.waiting = number)?;
+    let (kind, id, hour) = key;
+    views.put(Waiting { kind, id: id.into(), hour, number, flight_id: flight_id.into() })?;
+    Ok(None)
+}
+
+/// Takes note of a fact, and gives it to the flights that wait for it.
+fn learn(views: &mut Views, fact: Fact) -> Result<()> {
+    let fact = Fact { known: true, ..fact };
+    let mut waiting = 0;
+    if let Some(noted) = views.get::<Fact>(fact.key()) {
+        if noted.known {
+            return Ok(());
+        }
+        waiting = noted.waiting;
+    }
+    views.put(fact.clone())?;
+    let (kind, id, hour) = fact.key();
+    for first in (1..=waiting).step_by(CHUNK as usize) {
+        let numbers = first..=waiting.min(first + CHUNK - 1);
+        views.load::<Waiting>(numbers.clone().map(|number| (kind, id, hour, number)));
+        let mut flight_ids = Vec::new();
+        for number in numbers {
+            let note = (kind, id, hour, number);
+            flight_ids.extend(views.get::<Waiting>(note).map(|note| note.flight_id.clone()));
+            views.delete::<Waiting>(note)?;
+        }
+        views.load::<Flight>(flight_ids.iter().map(String::as_str));
+        for flight_id in &flight_ids {
+            change(views, flight_id, |flight| give(&fact, flight))?;
+        }
+    }
+    Ok(())
+}
+
+fn give(fact: &Fact, flight: &mut Flight) {
+    match fact.kind {
+        Kind::Airline => flight.airline.clone_from(&fact.name),
+        Kind::Aircraft => flight.aircraft.clone_from(&fact.name),
+        Kind::Weather => {
+            flight.wind_speed = fact.wind_speed;
+            flight.visibility = fact.visibility;
+            flight.precipitation = fact.precipitation;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

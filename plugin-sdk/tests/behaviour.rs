@@ -1,0 +1,286 @@
+//! What happens to events and to rows.
+
+use std::borrow::Cow;
+
+use serde::Deserialize;
+use shadowbox_plugin::prelude::*;
+
+/// What each event does is in its type's name; which row it does it to in the payload.
+#[derive(Events)]
+#[events(source = "a")]
+enum Fact<'a> {
+    #[event("Put")]
+    #[event("Put*", source = "b")]
+    Put(Put<'a>),
+    #[event("Broken", "Bad?", "{Un,Mis}known[0-9]")]
+    Broken,
+    #[event("*", source = "b")]
+    Rest,
+    #[event("Rekeyed")]
+    Rekeyed(Put<'a>),
+    #[event("NotANumber")]
+    NotANumber,
+    #[event("NotListed")]
+    NotListed,
+    #[event("Nothing")]
+    Nothing(Option<Put<'a>>),
+    #[event("Read")]
+    Read(Vec<&'a str>),
+    #[event("Raw")]
+    Raw,
+}
+
+#[derive(Deserialize)]
+struct Put<'a> {
+    id: &'a str,
+    #[serde(borrow, default)]
+    text: Cow<'a, str>,
+}
+
+#[derive(View, Debug, Default, PartialEq)]
+#[view(name = "rows", index(text), index(source, text))]
+struct Row {
+    source: Option<String>,
+    #[view(key)]
+    id: String,
+    #[view(column = "type")]
+    event_type: String,
+    text: String,
+    real: f64,
+}
+
+#[derive(View, Default)]
+#[view(name = "unlisted")]
+struct Unlisted {
+    #[view(key)]
+    id: i64,
+}
+
+#[projection(name = "behaviour", version = 3, views(Row))]
+fn behaviour(event: Event<Fact>, views: &mut Views) -> Result<()> {
+    let Event { source, event_type, .. } = event;
+    match event.data {
+        Fact::Put(e) | Fact::Nothing(Some(e)) => views.put(Row {
+            source: Some(source.into()),
+            id: e.id.into(),
+            event_type: event_type.into(),
+            text: e.text.into(),
+            real: 0.5,
+        }),
+        Fact::Broken => bail!("{event_type} at {}", event.position),
+        Fact::Rest | Fact::Nothing(None) => views.upsert::<Row>("rest", |row| row.text += event_type),
+        // The mistakes that nobody looks at.
+        Fact::Rekeyed(e) => {
+            let _ = views.update::<Row>(e.id, |row| row.id.push('!'));
+            Ok(())
+        }
+        Fact::NotANumber => {
+            let _ = views.upsert::<Row>("nan", |row| row.real = f64::NAN);
+            views.upsert::<Row>("nan", |row| row.real = 0.0)
+        }
+        Fact::NotListed => {
+            assert!(views.get::<Unlisted>(1).is_none());
+            Ok(())
+        }
+        Fact::Read(ids) => {
+            views.load::<Row>(ids.iter().copied());
+            let found = ids.iter().filter(|id| views.get::<Row>(id).is_some()).count();
+            ensure!(found > 0, "found none of {}", ids.len());
+            Ok(())
+        }
+        Fact::Raw => views.put(Row {
+            id: event.id.into(),
+            text: format!(
+                "{} {} {} {} {} {:?}",
+                event.stream, event.version, event.time, event.metadata, event.position, event.payload
+            ),
+            ..Default::default()
+        }),
+    }
+}
+
+fn put(id: &str) -> serde_json::Value {
+    json!({ "id": id })
+}
+
+#[test]
+fn types_are_told_apart_by_source_name_and_glob() {
+    let kit = TestKit::new(behaviour)
+        .given("a", "Put", put("1"))
+        .given("a", "Putty", put("2"))
+        .given("b", "Putty", put("3"))
+        .given("b", "Other", put("4"))
+        .given("c", "Put", put("5"))
+        .given("a", "Badly", ())
+        .given_failing("a", "Bad1", (), "Bad1 at 3")
+        .given_failing("a", "Misknown7", (), "Misknown7 at 3");
+    let rows: Vec<_> = kit.rows::<Row>().into_iter().map(|row| (row.id, row.source, row.event_type)).collect();
+    let row = |id: &str, source: &str, event_type: &str| (id.into(), Some(source.into()), event_type.into());
+    assert_eq!(rows, [row("1", "a", "Put"), row("3", "b", "Putty"), ("rest".into(), None, String::new())]);
+}
+
+#[test]
+fn an_event_brings_all_that_the_log_knows() {
+    let event = TestEvent::new("a", "Raw", ())
+        .id("e-1")
+        .stream("s", 4)
+        .at("2013-01-01T10:15:00.25Z")
+        .metadata(&json!({ "tenant": "t" }))
+        .payload(&[0xff, 0]);
+    let kit = TestKit::new(behaviour).given("a", "Unheard", ()).given_all([event]);
+    let text = r#"s 4 2013-01-01T10:15:00.250Z {"tenant":"t"} 1 [255, 0]"#;
+    assert_eq!(kit.row::<Row>("e-1").unwrap().text, text);
+}
+
+#[test]
+fn a_cloud_event_is_read_with_its_extensions() {
+    let json = r#"{"specversion":"1.0","id":"e-2","source":"a","type":"Raw","subject":"s","sequence":9,
+                   "time":"2013-01-01T10:15:00Z","tenant":"t","data":{"x":1}}"#;
+    let kit = TestKit::new(behaviour).given_all([TestEvent::from_cloud_event(json).unwrap()]);
+    let payload = format!("{:?}", br#"{"x":1}"#);
+    let text = format!(r#"s 9 2013-01-01T10:15:00Z {{"tenant":"t"}} 0 {payload}"#);
+    assert_eq!(kit.row::<Row>("e-2").unwrap().text, text);
+    assert!(TestEvent::from_cloud_event("{}").is_err());
+}
+
+#[test]
+fn payloads_may_be_empty_and_may_have_escapes() {
+    let kit = TestKit::new(behaviour)
+        .given_all([TestEvent::new("a", "Nothing", ()).payload(b"")])
+        .given_all([TestEvent::new("a", "Put", ()).payload(br#"{"id":"1","text":"caf\u00e9"}"#)]);
+    assert_eq!(kit.row::<Row>("1").unwrap().text, "café");
+    assert!(kit.row::<Row>("rest").is_some());
+}
+
+#[test]
+fn a_wrong_payload_names_the_type_and_what_is_wrong() {
+    let _ = TestKit::new(behaviour).given_failing("a", "Put", json!({}), "the data of `Put`: missing field `id`");
+    let mut kit = TestKit::new(behaviour);
+    for payload in [&b"{"[..], b"", b"\xff\xff", b"{\"id\":\"\xff\"}"] {
+        let event = TestEvent::new("a", "Put", ()).payload(payload);
+        let error = kit.try_given([TestEvent::new("a", "Put", put("1")), event]).unwrap_err().to_string();
+        assert!(error.starts_with("event 2 of 2: the data of `Put`: "), "{error}");
+    }
+    assert_eq!(kit.rows::<Row>(), []);
+}
+
+#[test]
+fn a_mistake_fails_the_event_even_if_nobody_looks() {
+    let kit = TestKit::new(behaviour)
+        .given("a", "Put", put("1"))
+        .given_failing("a", "Rekeyed", put("1"), "a change to a row of `rows` gave it another key")
+        .given_failing("a", "NotANumber", (), "a row of `rows`: NaN is not a finite number")
+        .given_failing("a", "NotListed", (), "view `unlisted` is not listed in views(...) of #[projection]");
+    assert_eq!(kit.rows::<Row>().len(), 1);
+    assert_eq!(kit.changes(), 1);
+    kit.assert_pure();
+}
+
+#[test]
+fn reading_writes_nothing_and_asks_once() {
+    let kit = TestKit::new(behaviour)
+        .given("a", "Put", put("1"))
+        .given_failing("a", "Read", ["7", "8"], "found none of 2")
+        // The failure has dropped the instance and its cache, so both are asked for.
+        .given("a", "Read", ["1", "2", "1"])
+        .given("a", "Read", ["2", "1"]);
+    assert_eq!(kit.changes(), 1);
+    // 7 and 8, then 1 and 2 and 1 again in one request.
+    assert_eq!(kit.lookups(), 5);
+}
+
+#[test]
+fn the_manifest_says_what_the_macros_read() {
+    let expected = json!({
+        "contract": "0.1.0",
+        "projection": "behaviour",
+        "version": 3,
+        "sources": [
+            { "source": "a", "types": [
+                "Put", "Broken", "Bad?", "{Un,Mis}known[0-9]", "Rekeyed", "NotANumber", "NotListed", "Nothing", "Read", "Raw"
+            ] },
+            { "source": "b", "types": ["Put*", "*"] },
+        ],
+        "views": [{
+            "name": "rows",
+            "columns": [
+                { "name": "source", "type": "text", "nullable": true },
+                { "name": "id", "type": "text" },
+                { "name": "type", "type": "text" },
+                { "name": "text", "type": "text" },
+                { "name": "real", "type": "real" },
+            ],
+            "key": ["id"],
+            "indexes": [["text"], ["source", "text"]],
+        }],
+    });
+    assert_eq!(TestKit::new(behaviour).manifest(), expected);
+}
+
+#[cfg(all(feature = "uuid", feature = "decimal"))]
+#[test]
+fn uuids_and_decimals_are_columns() {
+    #[derive(View, Debug, Default, PartialEq)]
+    #[view(name = "extras")]
+    struct Extra {
+        #[view(key)]
+        id: uuid::Uuid,
+        price: rust_decimal::Decimal,
+        other: Option<uuid::Uuid>,
+    }
+
+    #[derive(Events)]
+    #[events(source = "a")]
+    enum ExtraFact {
+        #[event("Priced")]
+        Priced((uuid::Uuid, String)),
+    }
+
+    #[projection(name = "extras", version = 1, views(Extra))]
+    fn extras(event: Event<ExtraFact>, views: &mut Views) -> Result<()> {
+        let ExtraFact::Priced((id, price)) = event.data;
+        views.put(Extra { id, price: price.parse()?, other: Some(id) })
+    }
+
+    let id = uuid::Uuid::from_u128(7);
+    let kit = TestKit::new(extras).given("a", "Priced", (id, "-12.50"));
+    let row = kit.row::<Extra>(id).unwrap();
+    assert_eq!((row.price.to_string().as_str(), row.other), ("-12.50", Some(id)));
+    let types: Vec<_> = Extra::SCHEMA.columns.iter().map(|column| column.column_type).collect();
+    assert_eq!(format!("{types:?}"), "[Uuid, Decimal, Uuid]");
+}
+
+/// A projection that cheats: the rows depend on how often the instance was made anew.
+mod impure {
+    use std::cell::Cell;
+
+    use super::*;
+
+    thread_local!(static SEEN: Cell<i64> = const { Cell::new(0) });
+
+    #[derive(Events)]
+    enum Any {
+        #[event("*", source = "a")]
+        Any,
+    }
+
+    #[derive(View, Default)]
+    #[view(name = "counts")]
+    struct Count {
+        #[view(key)]
+        id: i64,
+        seen: i64,
+    }
+
+    #[projection(name = "impure", version = 1, views(Count))]
+    fn impure(_event: Event<Any>, views: &mut Views) -> Result<()> {
+        SEEN.set(SEEN.get() + 1);
+        views.upsert::<Count>(1, |count| count.seen = SEEN.get())
+    }
+
+    #[test]
+    #[should_panic = "applying the events as one batch gives other rows: `counts` at (1) has (4) instead of (2)"]
+    fn an_impure_projection_is_found_out() {
+        TestKit::new(impure).given("a", "X", ()).given("a", "X", ()).assert_pure();
+    }
+}

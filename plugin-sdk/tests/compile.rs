@@ -1,0 +1,22 @@
+//! What the compiler says when a plugin is wrong, and that the template is right.
+
+use std::path::Path;
+
+/// Each file under `ui/` is one mistake, and the `.stderr` beside it what the author reads. After a change on purpose:
+/// `TRYBUILD=overwrite cargo test -p shadowbox-plugin mistakes`.
+#[test]
+fn mistakes_are_explained_and_the_template_compiles() {
+    let tests = trybuild::TestCases::new();
+    tests.compile_fail("tests/ui/*.rs");
+
+    // What `shadowbox plugin new orders-view` writes, made into a program that runs its own tests.
+    let template = include_str!("../template/src_lib.rs");
+    let plugin = template.replace("{{name}}", "orders-view").replace("{{view}}", "orders_view");
+    let names = plugin.split("#[test]\n    fn ").skip(1).filter_map(|test| test.split_once('(')).map(|(name, _)| name);
+    let calls: String = names.map(|name| format!("tests::{name}();")).collect();
+    assert!(!calls.is_empty(), "the template has tests");
+    let plugin = plugin.replace("#[cfg(test)]\n", "").replace("#[test]\n    fn", "pub fn");
+    let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join("template.rs");
+    std::fs::write(&file, format!("{plugin}\nfn main() {{ {calls} }}\n")).unwrap();
+    tests.pass(file);
+}

@@ -1,0 +1,31 @@
+use shadowbox_plugin::prelude::*;
+
+#[derive(View, Default)]
+#[view(name = "rows")]
+struct Row {
+    #[view(key)]
+    id: String,
+}
+
+struct NotAView;
+
+enum NotEvents {}
+
+#[derive(Events)]
+#[events(source = "orders")]
+enum Fact {
+    #[event("Placed")]
+    Placed,
+}
+
+#[projection(name = "events", version = 1, views(Row))]
+fn wrong_events(event: Event<NotEvents>, views: &mut Views) -> Result<()> {
+    Ok(())
+}
+
+#[projection(name = "views", version = 1, views(NotAView))]
+fn wrong_views(event: Event<Fact>, views: &mut Views) -> Result<()> {
+    Ok(())
+}
+
+fn main() {}

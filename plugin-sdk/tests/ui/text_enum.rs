@@ -1,0 +1,20 @@
+use shadowbox_plugin::prelude::*;
+
+#[derive(TextEnum, Clone, Copy)]
+enum Fields {
+    Paid(i64),
+}
+
+#[derive(TextEnum, Clone, Copy)]
+enum Twice {
+    Paid,
+    #[text("paid")]
+    Settled,
+}
+
+#[derive(TextEnum)]
+enum NotCopy {
+    Paid,
+}
+
+fn main() {}

@@ -1,0 +1,158 @@
+//! The commands, as `--help` shows them.
+
+mod demo;
+mod events;
+mod plugin;
+mod serve;
+mod views;
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use shadowbox::config::{Config, Written};
+
+/// Feeds event logs to sandboxed WebAssembly projections and serves their views.
+///
+/// Shadowbox keeps an event log, runs every projection that it finds as a .wasm file in the plugin folder, stores each
+/// view together with its checkpoint, swaps or rebuilds a projection when its file changes, and answers queries over
+/// HTTP and SQL while all of that goes on.
+#[derive(Parser)]
+#[command(version, max_term_width = 100, after_help = "\
+Examples:
+  shadowbox run                                   start in this folder, on http://127.0.0.1:7070
+  shadowbox append orders.jsonl.zst               import events, also while a runtime runs
+  cp my_projection.wasm plugins/                  start, or replace, a projection
+  shadowbox query 'select * from order_summary'   SQL over all live views
+  shadowbox status                                how far every projection is, and what is wrong
+
+Exit codes: 0 done, 1 failed, 2 wrong usage.")]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Args)]
+struct Common {
+    /// The data directory [default: ./shadowbox-data]
+    #[arg(long, global = true, value_name = "DIR")]
+    data: Option<PathBuf>,
+    /// A configuration file; flags win over it [default: ./shadowbox.toml, if there is one]
+    #[arg(long, global = true, value_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run the projections of the plugin folder and serve their views until Ctrl-C or SIGTERM
+    Run(serve::Run),
+    /// Append CloudEvents 1.0, one JSON object a line, plain or zstd
+    ///
+    /// An event whose source and id are in the log already is no error and appends nothing, so an import that broke is
+    /// simply run again. Works while a runtime runs on the same data. A bad line stops it; all before it are kept.
+    Append(events::Append),
+    /// Print events of the log as JSON lines
+    Events(events::Events),
+    /// Show every projection: state, generation, checkpoint and head of each source, lag, rate, error
+    Status(views::Status),
+    /// Run read-only SQL over all live views; views of several projections can be joined
+    Query(views::Query),
+    /// Rebuild a projection's views from offset zero, while the live ones go on answering
+    Rebuild(views::Rebuild),
+    /// Make a new plugin, or check a module
+    #[command(subcommand)]
+    Plugin(plugin::Plugin),
+    /// Build the example plugins, append a sample of real events, and serve their views
+    Demo(demo::Demo),
+}
+
+/// How a result is printed.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Format {
+    Table,
+    Json,
+    Csv,
+}
+
+/// Runs the command that was given.
+pub(crate) async fn run(cli: Cli) -> Result<()> {
+    let Cli { command, common } = cli;
+    match command {
+        Command::Run(command) => command.run(&common).await,
+        Command::Append(command) => command.run(&common),
+        Command::Events(command) => command.run(&common).await,
+        Command::Status(command) => command.run(&common).await,
+        Command::Query(command) => command.run(&common).await,
+        Command::Rebuild(command) => command.run(&common),
+        Command::Plugin(command) => command.run(&common),
+        Command::Demo(command) => command.run(&common).await,
+    }
+}
+
+/// Everything is logged to standard error; standard output is for results. `SHADOWBOX_LOG` says what, as `RUST_LOG` does
+/// elsewhere: `SHADOWBOX_LOG=debug`, `SHADOWBOX_LOG=shadowbox::projection=trace`.
+pub(crate) fn log_to_stderr(cli: &Cli) {
+    let usual = match cli.command {
+        Command::Run(_) => "warn,shadowbox=info",
+        _ => "warn",
+    };
+    let filter = tracing_subscriber::EnvFilter::try_from_env("SHADOWBOX_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(usual));
+    let log = tracing_subscriber::fmt().with_writer(std::io::stderr).with_env_filter(filter);
+    let terminal = std::io::IsTerminal::is_terminal(&std::io::stderr());
+    match &cli.command {
+        Command::Run(run) if run.json => log.json().init(),
+        _ => log.with_ansi(terminal).init(),
+    }
+}
+
+impl Common {
+    /// File, then flags, then defaults.
+    fn config(&self, flags: impl FnOnce(&mut Written)) -> Result<Config> {
+        let usual = Path::new("shadowbox.toml");
+        let mut written = match &self.config {
+            Some(file) => Written::read(file)?,
+            None if usual.exists() => Written::read(usual)?,
+            None => Written::default(),
+        };
+        if let Some(data) = &self.data {
+            written.data = Some(data.clone());
+        }
+        flags(&mut written);
+        Ok(written.validate()?)
+    }
+
+    /// The configuration for a command that only reads a data directory, which must be there.
+    fn existing(&self) -> Result<Config> {
+        let config = self.config(|_| {})?;
+        ensure!(
+            config.data.join("log.sqlite").exists(),
+            "there is no shadowbox data in {:?}; name it with --data, or make it with shadowbox run or append",
+            config.data
+        );
+        Ok(config)
+    }
+}
+
+/// The address of the runtime that runs on this data.
+fn running(config: &Config) -> Result<String> {
+    let address = shadowbox::supervisor::running(&config.data)
+        .with_context(|| format!("no runtime is running on {:?}; start one with shadowbox run", config.data))?;
+    Ok(format!("http://{address}"))
+}
+
+/// Asks the runtime; an answer that is an error becomes its message.
+fn ask<T: serde::de::DeserializeOwned>(method: &str, url: &str) -> Result<T> {
+    let agent: ureq::Agent = ureq::Agent::config_builder().http_status_as_error(false).build().into();
+    let request = ureq::http::Request::builder().method(method).uri(url).body(())?;
+    let mut response = agent.run(request).with_context(|| format!("cannot reach the runtime at {url}"))?;
+    let ok = response.status().is_success();
+    let body = response.body_mut().with_config().limit(64 << 20).read_to_string()?;
+    if !ok {
+        let error: serde_json::Value = serde_json::from_str(&body).unwrap_or_default();
+        anyhow::bail!("{}", error["message"].as_str().unwrap_or(&body));
+    }
+    serde_json::from_str(&body).with_context(|| format!("{url} did not answer as expected"))
+}

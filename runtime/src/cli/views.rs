@@ -1,0 +1,284 @@
+//! `shadowbox status`, `query` and `rebuild`.
+
+use std::io::Write;
+use std::time::Duration;
+
+use anyhow::{Result, bail};
+use clap::Args;
+use comfy_table::{ContentArrangement, Table, presets};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::json;
+use shadowbox::config::Config;
+use shadowbox::log::EventLog;
+use shadowbox::supervisor::{
+    GenerationStatus, ProjectionState, ProjectionStatus, SourceHead, SourceStatus, Status as Snapshot,
+};
+use shadowbox::view::{Catalogue, GenerationRecord, Role, readers, render, sql};
+
+use super::{Common, Format, ask, running};
+
+/// What a terminal usually has.
+const WIDTH: u16 = 100;
+
+/// A table for people.
+pub(super) fn table(header: &[&str]) -> Table {
+    let mut table = Table::new();
+    table.load_preset(presets::UTF8_BORDERS_ONLY).set_content_arrangement(ContentArrangement::Dynamic).set_width(WIDTH);
+    table.set_header(header);
+    table
+}
+
+#[derive(Args)]
+pub(super) struct Status {
+    /// Print everything as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl Status {
+    pub(super) async fn run(self, common: &Common) -> Result<()> {
+        let config = common.existing()?;
+        let status = match running(&config) {
+            Ok(address) => ask("GET", &format!("{address}/status"))?,
+            Err(why) => {
+                eprintln!("{why}");
+                at_rest(&config).await?
+            }
+        };
+        if self.json {
+            println!("{}", serde_json::to_string_pretty(&status)?);
+        } else {
+            print(&status);
+        }
+        Ok(())
+    }
+}
+
+/// What the files say while no runtime runs.
+async fn at_rest(config: &Config) -> Result<Snapshot> {
+    let heads = EventLog::open(&config.data)?.heads_now();
+    let mut projections = Vec::new();
+    for record in live(config).await? {
+        let marks = if record.file.exists() { readers::read_marks(&record.file).await? } else { Vec::new() };
+        let (mut sources, mut lag_events, mut lag_seconds) = (Vec::new(), 0, 0.0_f64);
+        for subscription in &record.manifest.sources {
+            let head = heads.get(subscription.source.as_str());
+            let mark = marks.iter().find(|(source, ..)| *source == subscription.source);
+            if let Some(head) = head.filter(|h| mark.is_none_or(|(_, p, _)| *p < h.position)) {
+                lag_events += head.position.0 + 1 - mark.map_or(0, |(_, p, _)| p.0 + 1);
+                let reached = mark.map_or(head.first_time, |(.., time)| *time);
+                lag_seconds = lag_seconds.max((head.time.microseconds() - reached.microseconds()) as f64 / 1e6);
+            }
+            sources.push(SourceStatus {
+                source: subscription.source.clone(),
+                checkpoint: mark.map(|(_, p, _)| *p),
+                head: head.map(|h| h.position),
+            });
+        }
+        projections.push(ProjectionStatus {
+            name: record.projection,
+            state: ProjectionState::Stopped,
+            file: None,
+            views: record.manifest.views.iter().map(|v| v.name.clone()).collect(),
+            live: GenerationStatus {
+                generation: record.number,
+                version: record.manifest.version,
+                module_hash: record.module,
+                sources,
+                lag_events,
+                lag_seconds,
+                rate: 0.0,
+                error: None,
+            },
+            building: None,
+        });
+    }
+    let sources = heads.iter().map(|(s, h)| SourceHead { source: s.to_string(), head: h.position }).collect();
+    Ok(Snapshot { sources, projections, refused: Vec::new() })
+}
+
+/// The live generations of a data directory, by the names of their projections.
+async fn live(config: &Config) -> Result<Vec<GenerationRecord>> {
+    let Some(catalogue) = Catalogue::open_read_only(&config.data).await? else { return Ok(Vec::new()) };
+    let projections = catalogue.projections().await?;
+    Ok(projections.iter().filter_map(|p| p.role(Role::Live).cloned()).collect())
+}
+
+fn print(status: &Snapshot) {
+    if status.projections.is_empty() {
+        println!("no projections; drop a module into the plugin folder of a running shadowbox");
+    } else {
+        let mut table = table(&["projection", "state", "gen", "module", "source", "checkpoint", "head", "lag", "rate"]);
+        for p in &status.projections {
+            add(&mut table, &p.name, state(p.state), &p.live);
+            if let Some(building) = &p.building {
+                add(&mut table, "", "building", building);
+            }
+        }
+        println!("{table}");
+    }
+    for p in status.projections.iter() {
+        if let Some(error) = &p.live.error {
+            println!("{}: {error}", p.name);
+        }
+    }
+    for refused in &status.refused {
+        println!("{} is refused: {}", refused.file, refused.reason);
+    }
+}
+
+fn add(table: &mut Table, name: &str, state: &str, g: &GenerationStatus) {
+    let number = |p: Option<shadowbox::model::Position>| p.map_or("-".to_owned(), |p| p.to_string());
+    let lag = match g.lag_events {
+        0 => "0".to_owned(),
+        events => format!("{events}, {}", duration(g.lag_seconds)),
+    };
+    for (i, source) in g.sources.iter().enumerate() {
+        let first = |text: String| if i == 0 { text } else { String::new() };
+        table.add_row([
+            first(name.to_owned()),
+            first(state.to_owned()),
+            first(g.generation.to_string()),
+            first(g.module_hash.chars().take(8).collect()),
+            source.source.clone(),
+            number(source.checkpoint),
+            number(source.head),
+            first(lag.clone()),
+            first(format!("{:.0}/s", g.rate)),
+        ]);
+    }
+}
+
+fn state(state: ProjectionState) -> &'static str {
+    match state {
+        ProjectionState::CatchingUp => "catching up",
+        ProjectionState::Live => "live",
+        ProjectionState::Rebuilding => "rebuilding",
+        ProjectionState::Faulted => "faulted",
+        ProjectionState::Stopped => "stopped",
+    }
+}
+
+fn duration(seconds: f64) -> String {
+    let seconds = seconds as u64;
+    match (seconds / 86_400, seconds / 3_600 % 24, seconds / 60 % 60) {
+        (0, 0, 0) => format!("{seconds} s"),
+        (0, 0, minutes) => format!("{minutes} min"),
+        (0, hours, minutes) => format!("{hours} h {minutes} min"),
+        (days, hours, _) => format!("{days} d {hours} h"),
+    }
+}
+
+#[derive(Args)]
+#[command(after_help = "\
+Example:
+  shadowbox query 'select carrier, name, departed from carrier_performance order by departed desc limit 5'")]
+pub(super) struct Query {
+    /// One SELECT statement in SQLite's dialect; tables are the live views
+    sql: String,
+    /// How to print the rows
+    #[arg(long, value_enum, default_value = "table")]
+    format: Format,
+}
+
+impl Query {
+    pub(super) async fn run(self, common: &Common) -> Result<()> {
+        let config = common.existing()?;
+        query(&config, &self.sql, self.format).await
+    }
+}
+
+/// Runs SQL over the live views and prints the rows.
+pub(super) async fn query(config: &Config, statement: &str, format: Format) -> Result<()> {
+    let mut out = std::io::BufWriter::new(std::io::stdout());
+    let mut shown = Table::new();
+    let mut json = render::JsonRows::new([]);
+    let (mut rows, mut bytes) = (0, Vec::new());
+    sql::query(&live(config).await?, statement, |part| {
+        bytes.clear();
+        match (format, part) {
+            (Format::Table, sql::Part::Columns(names)) => shown = table(&names),
+            (Format::Table, sql::Part::Row(values)) => {
+                shown.add_row(values.iter().map(|value| render::text(None, *value)));
+            }
+            (Format::Json, sql::Part::Columns(names)) => {
+                json = render::JsonRows::new(names.iter().map(|name| (*name, None)));
+            }
+            (Format::Json, sql::Part::Row(values)) => {
+                bytes.extend_from_slice(if rows == 0 { b"[" } else { b",\n " });
+                json.write(values, &mut bytes);
+                rows += 1;
+            }
+            (Format::Csv, sql::Part::Columns(names)) => render::write_csv(names, &mut bytes),
+            (Format::Csv, sql::Part::Row(values)) => {
+                render::write_csv(values.iter().map(|value| render::text(None, *value)), &mut bytes);
+            }
+        }
+        out.write_all(&bytes).map_err(readers::Error::Output)
+    })
+    .await?;
+    match format {
+        Format::Table => writeln!(out, "{shown}")?,
+        Format::Json => writeln!(out, "{}", if rows == 0 { "[]" } else { "]" })?,
+        Format::Csv => {}
+    }
+    Ok(out.flush()?)
+}
+
+#[derive(Args)]
+pub(super) struct Rebuild {
+    /// The projection's name
+    projection: String,
+    /// Wait until the new generation is live
+    #[arg(long)]
+    wait: bool,
+    /// Print the result as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// How often a waiting rebuild is looked at.
+const LOOK: Duration = Duration::from_millis(100);
+
+impl Rebuild {
+    pub(super) fn run(self, common: &Common) -> Result<()> {
+        let config = common.existing()?;
+        let address = running(&config)?;
+        let url = format!("{address}/projections/{}", self.projection);
+        let begun: serde_json::Value = ask("POST", &format!("{url}/rebuild"))?;
+        let generation = begun["generation"].as_u64().unwrap_or_default();
+        if self.wait {
+            wait(&url, generation)?;
+        }
+        let done = if self.wait { "is live" } else { "is being built" };
+        if self.json {
+            println!("{}", json!({ "projection": self.projection, "generation": generation, "live": self.wait }));
+        } else {
+            println!("generation {generation} of {} {done}", self.projection);
+        }
+        Ok(())
+    }
+}
+
+fn wait(url: &str, generation: u64) -> Result<()> {
+    let style = "{bar:30} {pos}/{len} events {msg} {eta} left";
+    let bar = ProgressBar::new(0).with_style(ProgressStyle::with_template(style).expect("a valid template"));
+    loop {
+        let status: ProjectionStatus = ask("GET", url)?;
+        if status.live.generation >= generation {
+            bar.finish_and_clear();
+            return Ok(());
+        }
+        let Some(building) = &status.building else {
+            bail!("generation {generation} is not being built any more; see shadowbox status");
+        };
+        if let Some(error) = building.error.as_ref().filter(|_| status.state != ProjectionState::Rebuilding) {
+            bail!("generation {generation} failed, the former one goes on: {error}");
+        }
+        let count = |position: Option<shadowbox::model::Position>| position.map_or(0, |p| p.0 + 1);
+        bar.set_length(building.sources.iter().map(|s| count(s.head)).sum());
+        bar.set_position(building.sources.iter().map(|s| count(s.checkpoint)).sum());
+        bar.set_message(format!("{:.0}/s", building.rate));
+        std::thread::sleep(LOOK);
+    }
+}

@@ -1,0 +1,166 @@
+//! What answers have in common: errors in JSON, the headers that carry positions, a reader's preferences.
+
+use std::time::Duration;
+
+use axum::Json;
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
+use axum::response::{IntoResponse, Response};
+use serde_json::{Value, json};
+
+use crate::model::Checkpoint;
+
+/// The position per source to which an answer is complete, or, in a request, is to be complete.
+pub(super) const POSITION: HeaderName = HeaderName::from_static("shadowbox-position");
+/// The generation that an answer was read from.
+pub(super) const GENERATION: HeaderName = HeaderName::from_static("shadowbox-generation");
+const PREFER: HeaderName = HeaderName::from_static("prefer");
+pub(super) const PREFERENCE_APPLIED: HeaderName = HeaderName::from_static("preference-applied");
+
+/// An answer that is an error: `{"error": code, "message": ...}` and what else a program may want to know.
+#[derive(Debug)]
+pub(super) struct Failure {
+    status: StatusCode,
+    body: Value,
+    headers: HeaderMap,
+}
+
+impl Failure {
+    /// `code` is for programs and never changes; `message` is for people and says what to do.
+    pub(super) fn new(status: StatusCode, code: &str, message: impl Into<String>) -> Failure {
+        Failure { status, body: json!({"error": code, "message": message.into()}), headers: HeaderMap::new() }
+    }
+
+    pub(super) fn bad_request(message: impl Into<String>) -> Failure {
+        Failure::new(StatusCode::BAD_REQUEST, "bad_request", message)
+    }
+
+    pub(super) fn not_found(message: impl Into<String>) -> Failure {
+        Failure::new(StatusCode::NOT_FOUND, "not_found", message)
+    }
+
+    /// For what is our fault. The cause goes to the log, too.
+    pub(super) fn internal(message: impl Into<String>) -> Failure {
+        let message = message.into();
+        tracing::error!(message, "a request failed");
+        Failure::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", message)
+    }
+
+    /// Adds a field to the body.
+    pub(super) fn with(mut self, field: &str, value: impl serde::Serialize) -> Failure {
+        self.body[field] = serde_json::to_value(value).expect("plain data");
+        self
+    }
+
+    /// Adds a header.
+    pub(super) fn header(mut self, name: HeaderName, value: HeaderValue) -> Failure {
+        self.headers.insert(name, value);
+        self
+    }
+}
+
+impl IntoResponse for Failure {
+    fn into_response(self) -> Response {
+        (self.status, self.headers, Json(self.body)).into_response()
+    }
+}
+
+/// A checkpoint as a header. Source names are percent-encoded in it, so it is always plain ASCII.
+pub(super) fn position_header(checkpoint: &Checkpoint) -> HeaderValue {
+    HeaderValue::try_from(checkpoint.to_string()).expect("ASCII")
+}
+
+/// The position that a request asks for. An empty header is what an answer from before the first event carries.
+pub(super) fn wanted_position(headers: &HeaderMap) -> Result<Option<Checkpoint>, Failure> {
+    let Some(value) = headers.get(POSITION).filter(|v| !v.is_empty()) else { return Ok(None) };
+    let text = value.to_str().map_err(|_| Failure::bad_request("the header shadowbox-position is not ASCII"))?;
+    text.parse().map(Some).map_err(|e| Failure::bad_request(format!("the header shadowbox-position: {e}")))
+}
+
+/// What a request prefers (RFC 7240). Preferences that we do not know are ignored, as the RFC wants it.
+#[derive(Debug, Default, PartialEq)]
+pub(super) struct Preferences {
+    /// `wait=SECONDS`: how long to wait for a position.
+    pub(super) wait: Option<Duration>,
+    /// `count=exact`: count all rows.
+    pub(super) count: bool,
+}
+
+impl Preferences {
+    pub(super) fn read(headers: &HeaderMap) -> Result<Preferences, Failure> {
+        let mut preferences = Preferences::default();
+        let values = headers.get_all(PREFER).into_iter().filter_map(|v| v.to_str().ok());
+        for preference in values.flat_map(|v| v.split(',')) {
+            // Parameters of a preference come after a semicolon; we know none.
+            let token = preference.split(';').next().unwrap_or_default();
+            let (name, value) = token.split_once('=').unwrap_or((token, ""));
+            let value = value.trim().trim_matches('"');
+            match name.trim().to_ascii_lowercase().as_str() {
+                "wait" => {
+                    let seconds = value.parse().ok().and_then(|s| Duration::try_from_secs_f64(s).ok());
+                    preferences.wait = Some(seconds.ok_or_else(|| {
+                        Failure::bad_request(format!("prefer: wait={value} is not valid; write seconds, like wait=5"))
+                    })?);
+                }
+                "count" if value == "exact" => preferences.count = true,
+                "count" => {
+                    return Err(Failure::bad_request(format!(
+                        "prefer: count={value} is not supported; there is count=exact"
+                    )));
+                }
+                _ => {}
+            }
+        }
+        Ok(preferences)
+    }
+}
+
+/// The media types of an `Accept` header, best first. Without one everything is fine.
+pub(super) fn accepted(headers: &HeaderMap) -> Vec<String> {
+    let values: Vec<_> =
+        headers.get_all(axum::http::header::ACCEPT).into_iter().filter_map(|v| v.to_str().ok()).collect();
+    if values.is_empty() {
+        return vec!["*/*".into()];
+    }
+    let mut types: Vec<(f32, String)> = (values.iter().flat_map(|v| v.split(',')))
+        .map(|range| {
+            let mut parts = range.split(';').map(str::trim);
+            let media = parts.next().unwrap_or_default().to_ascii_lowercase();
+            let quality = parts.find_map(|p| p.strip_prefix("q=")).and_then(|q| q.parse().ok()).unwrap_or(1.0);
+            (quality, media)
+        })
+        .filter(|(quality, media)| *quality > 0.0 && !media.is_empty())
+        .collect();
+    types.sort_by(|(a, _), (b, _)| b.total_cmp(a));
+    types.into_iter().map(|(_, media)| media).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn preferences() {
+        let read = |values: &[&'static str]| {
+            let headers = values.iter().map(|v| (PREFER, HeaderValue::from_static(v))).collect();
+            Preferences::read(&headers)
+        };
+        let expected = Preferences { wait: Some(Duration::from_millis(1500)), count: true };
+        assert_eq!(read(&["return=minimal, Wait=1.5;x=y", "count=\"exact\""]).unwrap(), expected);
+        assert_eq!(read(&[]).unwrap(), Preferences::default());
+        for bad in ["wait=soon", "wait=-1", "wait", "count=planned"] {
+            assert_eq!(read(&[bad]).unwrap_err().status, StatusCode::BAD_REQUEST, "{bad}");
+        }
+    }
+
+    #[test]
+    fn accept_is_in_order_of_preference() {
+        for (value, expected) in [
+            ("text/csv", vec!["text/csv"]),
+            ("text/html;q=0.5, application/json;charset=utf-8;q=0.9, */*;q=0", vec!["application/json", "text/html"]),
+        ] {
+            let headers = [(axum::http::header::ACCEPT, HeaderValue::from_static(value))].into_iter().collect();
+            assert_eq!(accepted(&headers), expected);
+        }
+        assert_eq!(accepted(&HeaderMap::new()), ["*/*"]);
+    }
+}

@@ -1,0 +1,78 @@
+//! Real events, with answers that were computed by other means: see `tests/data/README.md`.
+
+use crate::support::{World, module, root};
+
+const POSITION: &str = "flights=36844,fleet=4795,weather=986";
+
+fn data(file: &str) -> String {
+    root().join("tests/data/flights").join(file).to_str().unwrap().to_owned()
+}
+
+fn append_all(world: &World) {
+    let files: Vec<String> = ["fleet", "flights", "weather"].iter().map(|s| data(&format!("{s}.jsonl.zst"))).collect();
+    world.ok(&["append", &files[0], &files[1], &files[2]]);
+}
+
+/// The rows of CSV without its header. Numbers are compared as numbers: 1e-05 is 0.00001.
+fn parse(csv: &[u8]) -> Vec<Vec<String>> {
+    let number = |field: &str| match field.parse::<f64>() {
+        Ok(number) if field.contains('.') => number.to_string(),
+        _ => field.to_owned(),
+    };
+    let mut reader = csv::Reader::from_reader(csv);
+    reader.records().map(|record| record.unwrap().iter().map(number).collect()).collect()
+}
+
+fn wait_complete(world: &World) {
+    let wait = |view: &str, position: &str| {
+        let headers = [("shadowbox-position", position), ("prefer", "wait=60")];
+        let answer = world.get_with(&format!("/views/{view}?limit=1"), &headers);
+        assert_eq!(answer.status, 200, "{}\n{}", answer.body, world.log());
+    };
+    wait("carrier_performance", "flights=36844,fleet=4795");
+    wait("flight_board", POSITION);
+}
+
+fn assert_as_expected(world: &World) {
+    let carriers = world.query("select * from carrier_performance order by carrier");
+    let expected = std::fs::read(data("expected/carrier_performance.csv")).unwrap();
+    assert_eq!(parse(carriers.as_bytes()), parse(&expected));
+
+    let board = world.query(
+        "select flight_id, carrier, airline, flight, tailnum, aircraft, origin, dest, status, departs_at, dep_delay,
+         arr_delay, wind_speed, visibility, precipitation from flight_board order by flight_id",
+    );
+    let expected = zstd::decode_all(&*std::fs::read(data("expected/flight_board.csv.zst")).unwrap()).unwrap();
+    let (board, expected) = (parse(board.as_bytes()), parse(&expected));
+    assert_eq!(board.len(), expected.len());
+    for (ours, theirs) in board.iter().zip(&expected) {
+        assert_eq!(ours, theirs);
+    }
+}
+
+#[test]
+fn the_tables_are_right_early_and_after_a_rebuild() {
+    // The modules are there first: the events come in the order of the files, not of time.
+    let world = World::running(&["carrier-performance", "flight-board"]);
+    append_all(&world);
+    wait_complete(&world);
+    assert_as_expected(&world);
+    for name in ["carrier-performance", "flight-board"] {
+        world.ok(&["rebuild", name, "--wait"]);
+        assert_eq!(world.projection(name)["generation"], 2);
+    }
+    assert_as_expected(&world);
+}
+
+#[test]
+fn the_tables_are_right_when_the_modules_come_late() {
+    let mut world = World::new();
+    append_all(&world);
+    world.start();
+    for name in ["carrier-performance", "flight-board"] {
+        world.drop_module(name, &module(name));
+        world.wait_live(name);
+    }
+    wait_complete(&world);
+    assert_as_expected(&world);
+}

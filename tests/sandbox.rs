@@ -1,0 +1,87 @@
+//! Plugins that misbehave: the right, named failure; what came before is committed; others are unharmed.
+
+use serde_json::{Value, json};
+
+use crate::support::{World, event, module, moved, patched, wait_for};
+
+/// Runs one bad event between good ones; answers the status of the projection that met it.
+fn meet(event_type: &str, config: &str) -> (World, Value) {
+    let mut world = World::new();
+    std::fs::write(world.directory.path().join("shadowbox.toml"), config).unwrap();
+    world.drop_module("ledger", &module("ledger"));
+    let other = patched(&patched(&module("ledger"), "ledger", "legder"), "sights", "sihgts");
+    // The other one does not subscribe to the bad event.
+    world.drop_module("other", &patched(&other, event_type, &"x".repeat(event_type.len())));
+    let mut lines: Vec<String> = (0..100).map(|n| moved("left", n, &format!("a{n}"), n)).collect();
+    lines.push(event("left", event_type, "bad", 100, json!({})));
+    lines.extend((101..200).map(|n| moved("left", n, &format!("a{n}"), n)));
+    world.append(&lines);
+    world.start();
+    let status = world.wait_until("ledger", "the fault", |p| p["state"] == "faulted");
+    let rows = world.get("/views/ledger?limit=1000");
+    assert_eq!(rows.header("shadowbox-position"), "left=99");
+    assert_eq!(rows.json().as_array().unwrap().len(), 100, "everything before the bad event is committed");
+    assert_eq!(world.rows_at("legder", "left=199").len(), 199, "the other projection went on");
+    (world, status)
+}
+
+fn check(event_type: &str, config: &str, expected: &str) {
+    let (_world, status) = meet(event_type, config);
+    let error = status["error"].as_str().unwrap();
+    let names = format!("event \"bad\" ({event_type}) at position 100 of source \"left\"");
+    assert!(error.contains(&names) && error.contains(expected), "{error}");
+}
+
+#[test]
+fn an_event_that_the_plugin_refuses() {
+    check("Refused", "", "the event says so");
+}
+
+#[test]
+fn a_panic() {
+    check("Panics", "", "the event says so");
+}
+
+#[test]
+fn an_endless_loop() {
+    check("Loops", "[sandbox]\ndeadline_ms = 200\n", "ran for more than 200 ms");
+}
+
+#[test]
+fn a_memory_bomb() {
+    check("Grows", "[sandbox]\nmemory_mb = 16\n", "more than 16 MB of memory");
+}
+
+#[test]
+fn an_exit() {
+    check("Exits", "", "called exit(");
+}
+
+#[test]
+fn a_flood_of_output_is_cut_and_harms_nobody() {
+    let world = World::running(&["ledger"]);
+    world.append(&[event("left", "Prints", "p", 0, json!({})), moved("left", 1, "a", 1)]);
+    assert_eq!(world.rows_at("ledger", "left=1").len(), 1);
+    let log = wait_for("the captured output", || Some(world.log()).filter(|log| log.contains("the plugin printed")));
+    assert!(log.contains("a line that nobody needs") && log.contains("more bytes]"), "{log}");
+    assert!(log.len() < 100_000, "{}", log.len());
+}
+
+#[test]
+fn a_plugin_sees_nothing_of_the_world() {
+    let world = World::running(&["ledger"]);
+    world.append(&[event("left", "Looks", "look", 0, json!({}))]);
+    let rows = world.rows_at("sights", "left=0");
+    let seen = |what: &str| rows.iter().find(|r| r["what"] == what).unwrap()["seen"].as_str().unwrap().to_owned();
+    assert_eq!(seen("time"), "Ok(0ns)");
+    assert_eq!(seen("elapsed"), "0ns");
+    assert_eq!(seen("environment"), "[]");
+    assert_eq!(seen("arguments"), "[]");
+    assert!(seen("file").starts_with("Err("), "{}", seen("file"));
+    assert!(seen("network").starts_with("Err("), "{}", seen("network"));
+    // The same bytes for every instance, also after a rebuild.
+    let random = seen("random");
+    world.ok(&["rebuild", "ledger", "--wait"]);
+    let again = world.rows_at("sights", "left=0");
+    assert!(again.iter().any(|r| r["what"] == "random" && r["seen"] == random.as_str()));
+}
