@@ -1,12 +1,12 @@
 //! Integration tests: the real binary, real modules, real files. One binary, a file a question.
 
-
-
+mod batches;
+mod command_line;
 mod flights;
-
-
+mod folder;
+mod queries;
 mod rebuild;
 mod restart;
 mod sandbox;
 mod support;
-
+mod tidy;

@@ -99,8 +99,7 @@ mod tests {
 
     #[test]
     fn an_exact_name_wins_over_globs_and_the_first_glob_over_later_ones() {
-        let subscription =
-            |source, event_type, glob, variant| Subscription { source, event_type, glob, variant };
+        let subscription = |source, event_type, glob, variant| Subscription { source, event_type, glob, variant };
         let all = [
             subscription("orders", "Order*", true, 0),
             subscription("orders", "*", true, 1),

@@ -82,7 +82,7 @@
 //! - [`macro@projection`], [`Projection`]: the function, and what it becomes.
 //! - [`Event`], [`derive@Events`]: what it is given.
 //! - [`Views`], [`derive@View`], [`Schema`](view::Schema): what it changes.
-//! - [`column`]: what a field of a row can be; [`Timestamp`], [`Json`], [`derive@TextEnum`] are the ones made here.
+//! - [`mod@column`]: what a field of a row can be; [`Timestamp`], [`Json`], [`derive@TextEnum`] are the ones made here.
 //! - [`Error`], [`bail!`], [`ensure!`]: how it refuses.
 //! - [`TestKit`], [`TestEvent`]: how it is tested.
 
@@ -196,7 +196,7 @@ pub use shadowbox_plugin_macros::TextEnum;
 ///   `#[view(column = "...")]`.
 /// - `#[view(key)]` marks the key; several make a composite key, in the order of the fields.
 /// - Each `index(column, ...)` makes an index for queries. They cost time at every write, so add them when a query needs
-///   them.
+///   them. For a column in several indexes write the names as strings, `index("a", "b")`, or Clippy reports a duplicate.
 /// - What a column can be is listed at [`Column`](column::Column), what a key can be at
 ///   [`KeyColumn`](column::KeyColumn).
 /// - `#[derive(Default)]` is needed for [`Views::upsert`] alone.
@@ -238,8 +238,8 @@ pub use shadowbox_plugin_macros::projection;
 /// All that a plugin names: `use shadowbox_plugin::prelude::*;`
 pub mod prelude {
     pub use crate::{
-        Error, Event, Events, Json, Projection as _, Result, TestEvent, TestKit, TextEnum, Timestamp, View, Views, bail,
-        ensure, json, projection,
+        Error, Event, Events, Json, Projection as _, Result, TestEvent, TestKit, TextEnum, Timestamp, View, Views,
+        bail, ensure, json, projection,
     };
 }
 
@@ -249,7 +249,7 @@ pub mod __private {
     #[cfg(target_arch = "wasm32")]
     pub use crate::component::{self as bindings, export};
     pub use crate::event::{Payload, Subscription};
-    pub use crate::projection::{Definition, Failure, Takes, fold, takes};
+    pub use crate::projection::{Definition, Failure, Takes, assert_distinct, fold, takes};
     pub use crate::wire::Batch;
 }
 

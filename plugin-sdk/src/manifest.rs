@@ -63,12 +63,7 @@ pub(crate) fn of<P: Projection>() -> String {
         key: view.schema.key,
         indexes: view.schema.indexes,
     });
-    let manifest = Manifest {
-        contract: CONTRACT,
-        projection: P::NAME,
-        version: P::VERSION,
-        sources,
-        views: views.collect(),
-    };
+    let manifest =
+        Manifest { contract: CONTRACT, projection: P::NAME, version: P::VERSION, sources, views: views.collect() };
     serde_json::to_string(&manifest).expect("a manifest holds nothing that JSON cannot")
 }

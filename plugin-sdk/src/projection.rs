@@ -60,8 +60,6 @@ impl Definition {
     #[doc(hidden)]
     #[must_use]
     pub fn view<V: View>(mut self) -> Self {
-        let name = V::SCHEMA.name;
-        assert!(self.views.iter().all(|view| view.schema.name != name), "two views have the name `{name}`");
         self.views.push(ViewDefinition { schema: V::SCHEMA, row: TypeId::of::<V>(), table: table::<V> });
         self
     }
@@ -69,6 +67,28 @@ impl Definition {
     pub(crate) fn open(&self, store: &Rc<dyn Store>, limits: Limits) -> Views {
         let open = |(i, view): (usize, &ViewDefinition)| (view.row, (view.table)(i as u32, Rc::clone(store), limits));
         Views::new(self.views.iter().enumerate().map(open).collect())
+    }
+}
+
+/// Fails to compile if two of the names are the same.
+#[doc(hidden)]
+pub const fn assert_distinct(names: &[&str]) {
+    let mut i = 0;
+    while i < names.len() {
+        let mut j = 0;
+        while j < i {
+            assert!(!same(names[i].as_bytes(), names[j].as_bytes()), "two views of the projection have the same name");
+            j += 1;
+        }
+        i += 1;
+    }
+}
+
+const fn same(a: &[u8], b: &[u8]) -> bool {
+    match (a, b) {
+        ([], []) => true,
+        ([x, a @ ..], [y, b @ ..]) => *x == *y && same(a, b),
+        _ => false,
     }
 }
 
@@ -178,5 +198,21 @@ impl<P: Projection> Instance<P> {
         self.views.finish_batch(&mut changes)?;
         self.answer = changes.len();
         Ok(changes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn different_names_are_distinct() {
+        assert_distinct(&["a", "ab", "b", ""]);
+    }
+
+    #[test]
+    #[should_panic = "two views of the projection have the same name"]
+    fn the_same_name_twice_is_not() {
+        assert_distinct(&["ab", "b", "ab"]);
     }
 }

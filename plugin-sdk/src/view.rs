@@ -76,7 +76,8 @@ impl ColumnSchema {
 
 /// Reads a row that the host stored, and nothing but this row.
 pub(crate) fn decode<V: View>(mut key: &[u8], mut row: &[u8]) -> Result<V, Error> {
-    let within = |error: Error| error.within(format_args!("a stored row of `{}` does not fit its type", V::SCHEMA.name));
+    let within =
+        |error: Error| error.within(format_args!("a stored row of `{}` does not fit its type", V::SCHEMA.name));
     let decoded = V::decode(&mut key, &mut row).map_err(within)?;
     if !key.is_empty() || !row.is_empty() {
         return Err(within(Error::msg("it has more columns")));

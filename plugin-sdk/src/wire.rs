@@ -247,10 +247,7 @@ mod tests {
         let events = decoded(&columns()).unwrap();
         assert_eq!(
             events,
-            [
-                r#"orders 7 v0 B at 0 in ``: [] Some("")"#,
-                r#"orders 72057594037927945 v0 A at -1 in ``: [] Some("")"#
-            ]
+            [r#"orders 7 v0 B at 0 in ``: [] Some("")"#, r#"orders 72057594037927945 v0 A at -1 in ``: [] Some("")"#]
         );
     }
 

@@ -358,6 +358,10 @@ fn watch_folder(inner: Arc<Inner>, folder: Folder, looked: oneshot::Sender<()>) 
                     let folder = &inner.shared.config.plugins;
                     tracing::info!(?folder, "there is no module to run; drop one into the folder");
                 }
+                // Whoever starts a runtime on data that is there can ask for its views at once.
+                let managers: Vec<_> =
+                    inner.managers.lock().expect("no panics while it is held").values().cloned().collect();
+                futures_util::future::join_all(managers.iter().map(Manager::settled)).await;
                 // The starter may have been dropped.
                 let _ = looked.send(());
             }
@@ -372,7 +376,7 @@ type Wanted = BTreeMap<String, (String, Module)>;
 struct Plan {
     /// What is wanted from now on.
     wanted: Wanted,
-    /// Projections whose module is new or another one.
+    /// Projections whose module is new, another one, or in another file.
     start: Vec<String>,
     /// Projections whose module is gone.
     stop: Vec<String>,
@@ -415,8 +419,9 @@ impl Plan {
                 }
             }
         }
-        let same = |name: &str, module: &Module| now.get(name).is_some_and(|(_, m)| m.hash == module.hash);
-        let start = wanted.iter().filter(|(name, (_, module))| !same(name, module)).map(|(name, _)| name.clone());
+        let same = |name: &str, file: &str, hash: &str| now.get(name).is_some_and(|(f, m)| f == file && m.hash == hash);
+        let start = wanted.iter().filter(|(name, (file, module))| !same(name, file, &module.hash));
+        let start = start.map(|(name, _)| name.clone());
         let stop: BTreeSet<_> = now.keys().filter(|name| !wanted.contains_key(*name)).cloned().collect();
         refused.sort_by(|a, b| a.file.cmp(&b.file));
         Plan { start: start.collect(), stop: stop.into_iter().collect(), wanted, refused }

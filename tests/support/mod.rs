@@ -150,11 +150,13 @@ impl World {
         String::from_utf8(output.stdout).unwrap()
     }
 
-    /// Appends lines by the command line.
-    pub(crate) fn append(&self, lines: &[String]) {
+    /// Appends lines by the command line; answers the position of each of their sources, as a header.
+    pub(crate) fn append(&self, lines: &[String]) -> String {
         let file = self.directory.path().join("events.jsonl");
         std::fs::write(&file, lines.join("\n")).unwrap();
-        self.ok(&["append", file.to_str().unwrap()]);
+        let answer: Value = serde_json::from_str(&self.ok(&["append", "--json", file.to_str().unwrap()])).unwrap();
+        let last = answer["last"].as_object().unwrap().iter();
+        last.map(|(source, position)| format!("{source}={position}")).collect::<Vec<_>>().join(",")
     }
 
     pub(crate) fn start(&mut self) {

@@ -148,6 +148,7 @@ mod tests {
 
     #[test]
     fn a_flight_that_was_never_scheduled_stops_the_projection() {
-        let _ = registered().given_failing("flights", "FlightCancelled", json!({ "flight_id": "f9" }), "`f9` was never");
+        let _ =
+            registered().given_failing("flights", "FlightCancelled", json!({ "flight_id": "f9" }), "`f9` was never");
     }
 }

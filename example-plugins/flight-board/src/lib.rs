@@ -8,11 +8,8 @@
 //! flight leaves a note in `waiting`, and the fact gives itself to the flights that wait when it arrives. Notes are rows
 //! of their own, numbered, because a list in one row would be written anew for each flight that joins it.
 //!
-//! Two rules keep the rows independent of the order of arrival:
-//!
-//! - A fact counts once: the first registration or observation is the one that the board shows.
-//! - A flight takes its weather when it departs or is cancelled, never before; otherwise a flight that is still to leave
-//!   would show weather or not, depending on which came first.
+//! One rule keeps the rows independent of the order of arrival: a fact counts once. The first registration or observation
+//! is the one that the board shows.
 
 use serde::Deserialize;
 use shadowbox_plugin::prelude::*;
@@ -177,21 +174,22 @@ const CHUNK: i64 = 1_000;
 fn flight_board(event: Event<Input>, views: &mut Views) -> Result<()> {
     match event.data {
         Input::Scheduled(e) => schedule(views, &e),
-        Input::Departed(e) => leave(views, e.flight_id, Status::Departed, Some(e.dep_delay)),
-        Input::Cancelled(e) => leave(views, e.flight_id, Status::Cancelled, None),
+        Input::Departed(e) => change(views, e.flight_id, |flight| {
+            flight.status = Status::Departed;
+            flight.dep_delay = Some(e.dep_delay);
+        }),
+        Input::Cancelled(e) => change(views, e.flight_id, |flight| flight.status = Status::Cancelled),
         Input::Arrived(e) => change(views, e.flight_id, |flight| {
             flight.status = Status::Arrived;
             flight.arr_delay = Some(e.arr_delay);
         }),
         Input::Diverted(e) => change(views, e.flight_id, |flight| flight.status = Status::Diverted),
-        Input::Airline(e) => learn(
-            views,
-            Fact { kind: Kind::Airline, id: e.carrier.into(), name: Some(e.name), ..Default::default() },
-        ),
-        Input::Aircraft(e) => learn(
-            views,
-            Fact { kind: Kind::Aircraft, id: e.tailnum.into(), name: Some(e.model), ..Default::default() },
-        ),
+        Input::Airline(e) => {
+            learn(views, Fact { kind: Kind::Airline, id: e.carrier.into(), name: Some(e.name), ..Default::default() })
+        }
+        Input::Aircraft(e) => {
+            learn(views, Fact { kind: Kind::Aircraft, id: e.tailnum.into(), name: Some(e.model), ..Default::default() })
+        }
         Input::Weather(e) => learn(
             views,
             Fact {
@@ -226,21 +224,11 @@ fn schedule(views: &mut Views, e: &Scheduled<'_>) -> Result<()> {
     {
         give(&aircraft, &mut flight);
     }
+    let hour = e.departs_at.start_of_hour();
+    if let Some(weather) = ask(views, (Kind::Weather, e.origin, hour), e.flight_id)? {
+        give(&weather, &mut flight);
+    }
     views.put(flight)
-}
-
-/// The flight has left, or never will: this is when it gets its weather.
-fn leave(views: &mut Views, flight_id: &str, status: Status, dep_delay: Option<i64>) -> Result<()> {
-    let Some(flight) = views.get::<Flight>(flight_id) else { return never_scheduled(flight_id) };
-    let (origin, hour) = (flight.origin.clone(), flight.departs_at.start_of_hour());
-    let weather = ask(views, (Kind::Weather, &origin, hour), flight_id)?;
-    change(views, flight_id, |flight| {
-        flight.status = status;
-        flight.dep_delay = dep_delay;
-        if let Some(weather) = &weather {
-            give(weather, flight);
-        }
-    })
 }
 
 fn change(views: &mut Views, flight_id: &str, change: impl FnOnce(&mut Flight)) -> Result<()> {

@@ -103,10 +103,11 @@ mod tests {
     fn an_order_adds_up() {
         let tea = json!({ "order_id": "o-1", "sku": "tea", "quantity": 2, "unit_price_cents": 450 });
         let pot = json!({ "order_id": "o-1", "sku": "pot", "quantity": 1, "unit_price_cents": 3_900 });
-        let kit = created()
-            .given("orders", "OrderLineAdded", tea)
-            .given("orders", "OrderLineAdded", pot)
-            .given("orders", "OrderPlaced", json!({ "order_id": "o-1" }));
+        let kit = created().given("orders", "OrderLineAdded", tea).given("orders", "OrderLineAdded", pot).given(
+            "orders",
+            "OrderPlaced",
+            json!({ "order_id": "o-1" }),
+        );
         let order = kit.row::<OrderSummary>("o-1").unwrap();
         assert_eq!((order.customer.as_str(), order.lines, order.total_cents), ("Ada", 2, 4_800));
         assert_eq!(order.status, Status::Placed);

@@ -117,9 +117,7 @@ fn orders(event: Event<Fact>, views: &mut Views) -> Result<()> {
         Fact::OrderCreated(e) => create(views, e, at),
         Fact::User(User { user_id, name: Some(name) }) => rename(views, &user_id, &name, at),
         Fact::User(_) => Ok(()),
-        Fact::PaymentProcessed(e) => {
-            change(views, &e.order_id, at, |order| order.payment_status = PaymentStatus::Paid)
-        }
+        Fact::PaymentProcessed(e) => change(views, &e.order_id, at, |order| order.payment_status = PaymentStatus::Paid),
         Fact::PaymentFailed(e) => change(views, &e.order_id, at, |order| order.payment_status = PaymentStatus::Failed),
         Fact::ShipmentDispatched(e) => {
             change(views, &e.order_id, at, |order| order.shipping_status = ShippingStatus::Dispatched)

@@ -59,26 +59,36 @@ fn services() -> impl Strategy<Value = [Vec<TestEvent>; 4]> {
     };
     let orders = prop::collection::vec((any::<u8>(), any::<u8>()), 0..=4).prop_map(move |all| {
         // An order is created once.
-        (0_u8..).zip(all).map(|(n, (by, time))| {
-            let items = json!([{ "sku": "tea", "quantity": n, "unit_price_cents": 100 }]);
-            event("orders", "OrderCreated", time, json!({ "order_id": order(n), "user_id": user(by), "items": items }))
-        }).collect()
+        (0_u8..)
+            .zip(all)
+            .map(|(n, (by, time))| {
+                let items = json!([{ "sku": "tea", "quantity": n, "unit_price_cents": 100 }]);
+                event(
+                    "orders",
+                    "OrderCreated",
+                    time,
+                    json!({ "order_id": order(n), "user_id": user(by), "items": items }),
+                )
+            })
+            .collect()
     });
     let users = prop::collection::vec((any::<u8>(), any::<u8>(), "[A-C]"), 0..6).prop_map(move |all| {
-        all.into_iter().map(|(n, time, name)| {
-            event("users", "UserUpdated", time, json!({ "user_id": user(n), "name": name }))
-        }).collect()
+        all.into_iter()
+            .map(|(n, time, name)| event("users", "UserUpdated", time, json!({ "user_id": user(n), "name": name })))
+            .collect()
     });
     let payments = prop::collection::vec((any::<u8>(), any::<u8>(), any::<bool>()), 0..6).prop_map(move |all| {
-        all.into_iter().map(|(n, time, paid)| {
-            let event_type = if paid { "PaymentProcessed" } else { "PaymentFailed" };
-            event("payments", event_type, time, json!({ "order_id": order(n) }))
-        }).collect()
+        all.into_iter()
+            .map(|(n, time, paid)| {
+                let event_type = if paid { "PaymentProcessed" } else { "PaymentFailed" };
+                event("payments", event_type, time, json!({ "order_id": order(n) }))
+            })
+            .collect()
     });
     let shipping = prop::collection::vec((any::<u8>(), any::<u8>()), 0..4).prop_map(move |all| {
-        all.into_iter().map(|(n, time)| {
-            event("shipping", "ShipmentDispatched", time, json!({ "order_id": order(n) }))
-        }).collect()
+        all.into_iter()
+            .map(|(n, time)| event("shipping", "ShipmentDispatched", time, json!({ "order_id": order(n) })))
+            .collect()
     });
     (orders, users, payments, shipping).prop_map(|(a, b, c, d)| [a, b, c, d])
 }

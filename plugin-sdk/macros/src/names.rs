@@ -15,7 +15,8 @@ pub(crate) fn check_projection(name: &LitStr) -> Result<()> {
 
 fn check(name: &str, others: &str, span: &impl Spanned) -> Result<()> {
     let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || others.contains(c);
-    if (1..=63).contains(&name.len()) && name.starts_with(|c: char| c.is_ascii_lowercase()) && name.chars().all(allowed) {
+    if (1..=63).contains(&name.len()) && name.starts_with(|c: char| c.is_ascii_lowercase()) && name.chars().all(allowed)
+    {
         return Ok(());
     }
     let others = others.chars().map(|c| format!(", `{c}`")).collect::<String>();
@@ -124,7 +125,9 @@ mod tests {
         for pattern in ["*", "Order*", "V?", "[AB]x", "[!a-z]", "{A,B{C,D}}E", "{A,[B]}"] {
             assert_eq!(glob(pattern), Some(true), "{pattern}");
         }
-        for wrong in ["", "a**", "a\\*", "[", "[]", "[!]", "]", "[z-a]", "[-a]", "[a-]", "[é]", "{A", "A}", "{}", "{A,}", "{,A}"] {
+        for wrong in
+            ["", "a**", "a\\*", "[", "[]", "[!]", "]", "[z-a]", "[-a]", "[a-]", "[é]", "{A", "A}", "{}", "{A,}", "{,A}"]
+        {
             assert_eq!(glob(wrong), None, "{wrong}");
         }
     }

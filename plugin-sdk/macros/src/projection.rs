@@ -56,6 +56,7 @@ pub(crate) fn expand(arguments: &Arguments, function: ItemFn) -> Result<TokenStr
     let Arguments { name: projection, version, views } = arguments;
     let (sdk, name, visibility) = (quote!(::shadowbox_plugin), &function.sig.ident, &function.vis);
     let docs: Vec<_> = function.attrs.iter().filter(|attribute| attribute.path().is_ident("doc")).collect();
+    let names = views.iter().map(|view| quote_spanned!(view.span()=> <#view as ::shadowbox_plugin::View>::SCHEMA.name));
     let views = views.iter().map(|view| quote_spanned!(view.span()=> .view::<#view>()));
     let mut function_inside = function.clone();
     function_inside.vis = syn::Visibility::Inherited;
@@ -73,6 +74,8 @@ pub(crate) fn expand(arguments: &Arguments, function: ItemFn) -> Result<TokenStr
         }
 
         const _: () = {
+            const _: () = #sdk::__private::assert_distinct(&[#(#names),*]);
+
             #function_inside
 
             impl #sdk::Projection for #name {

@@ -1,8 +1,9 @@
 //! `#[derive(View)]`
 
-use proc_macro2::TokenStream;
+use proc_macro2::{Span, TokenStream};
 use quote::{quote, quote_spanned};
 use syn::ext::IdentExt;
+use syn::parse::{Parse, ParseStream};
 use syn::spanned::Spanned;
 use syn::{Data, DeriveInput, Error, Fields, Ident, LitStr, Result, Token, Type};
 
@@ -18,7 +19,25 @@ struct Column<'a> {
 struct Table {
     name: LitStr,
     /// Each index as the columns it is over.
-    indexes: Vec<Vec<Ident>>,
+    indexes: Vec<Vec<IndexColumn>>,
+}
+
+/// A column of an index: its name, bare or as a string. Bare names read better; but Clippy takes a name that is in two
+/// indexes for a mistake.
+struct IndexColumn {
+    name: String,
+    span: Span,
+}
+
+impl Parse for IndexColumn {
+    fn parse(input: ParseStream<'_>) -> Result<Self> {
+        if input.peek(LitStr) {
+            let name: LitStr = input.parse()?;
+            return Ok(Self { name: name.value(), span: name.span() });
+        }
+        let name = Ident::parse_any(input)?;
+        Ok(Self { name: name.unraw().to_string(), span: name.span() })
+    }
 }
 
 pub(crate) fn expand(input: &DeriveInput) -> Result<TokenStream> {
@@ -45,12 +64,12 @@ pub(crate) fn expand(input: &DeriveInput) -> Result<TokenStream> {
         return Err(Error::new(input.ident.span(), why));
     }
     for index in &table.indexes {
-        for (i, name) in index.iter().enumerate() {
-            if !columns.iter().any(|column| name.unraw() == column.name) {
-                return Err(Error::new(name.span(), format!("there is no column `{}`", name.unraw())));
+        for (i, IndexColumn { name, span }) in index.iter().enumerate() {
+            if !columns.iter().any(|column| column.name == *name) {
+                return Err(Error::new(*span, format!("there is no column `{name}`")));
             }
-            if index[..i].contains(name) {
-                return Err(Error::new(name.span(), format!("the index has `{}` twice", name.unraw())));
+            if index[..i].iter().any(|before| before.name == *name) {
+                return Err(Error::new(*span, format!("the index has `{name}` twice")));
             }
         }
     }
@@ -69,7 +88,7 @@ fn table(input: &DeriveInput) -> Result<Table> {
             } else if meta.path.is_ident("index") {
                 let content;
                 syn::parenthesized!(content in meta.input);
-                let index = content.parse_terminated(Ident::parse_any, Token![,])?;
+                let index = content.parse_terminated(IndexColumn::parse, Token![,])?;
                 if index.is_empty() {
                     return Err(meta.error("an index needs a column: index(column, ...)"));
                 }
@@ -132,7 +151,7 @@ fn implement(view: &Ident, table: &Table, columns: &[Column<'_>]) -> TokenStream
     });
     let key_names = keys.iter().map(|column| &column.name);
     let index_names = indexes.iter().map(|index| {
-        let names = index.iter().map(|column| column.unraw().to_string());
+        let names = index.iter().map(|column| &column.name);
         quote!(&[#(#names),*])
     });
 

@@ -2,7 +2,7 @@ use shadowbox_plugin::prelude::*;
 
 struct Money(i64);
 
-#[derive(View, Default)]
+#[derive(View)]
 #[view(name = "rows")]
 struct Row {
     #[view(key)]

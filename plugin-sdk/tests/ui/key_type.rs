@@ -1,13 +1,13 @@
 use shadowbox_plugin::prelude::*;
 
-#[derive(View, Default)]
+#[derive(View)]
 #[view(name = "optional")]
 struct Optional {
     #[view(key)]
     id: Option<String>,
 }
 
-#[derive(View, Default)]
+#[derive(View)]
 #[view(name = "real")]
 struct Real {
     #[view(key)]

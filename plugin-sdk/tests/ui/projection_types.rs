@@ -19,12 +19,12 @@ enum Fact {
 }
 
 #[projection(name = "events", version = 1, views(Row))]
-fn wrong_events(event: Event<NotEvents>, views: &mut Views) -> Result<()> {
+fn wrong_events(_event: Event<NotEvents>, _views: &mut Views) -> Result<()> {
     Ok(())
 }
 
 #[projection(name = "views", version = 1, views(NotAView))]
-fn wrong_views(event: Event<Fact>, views: &mut Views) -> Result<()> {
+fn wrong_views(_event: Event<Fact>, _views: &mut Views) -> Result<()> {
     Ok(())
 }
 

@@ -12,9 +12,4 @@ enum Twice {
     Settled,
 }
 
-#[derive(TextEnum)]
-enum NotCopy {
-    Paid,
-}
-
 fn main() {}

@@ -121,7 +121,8 @@ impl Engine {
             Component::from_binary(&self.engine, bytes).map_err(|error| {
                 // A file that is still being written ends too early; the folder waits for the rest of it.
                 let error = format!("{error:#}");
-                if error.contains("unexpected end") { Error::NotWasm } else { Error::Compile(error) }
+                let cut = error.contains("unexpected end") || error.contains("out of bounds");
+                if cut { Error::NotWasm } else { Error::Compile(error) }
             })
         };
         let Some(directory) = &self.cache else { return compile() };

