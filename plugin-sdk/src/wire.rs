@@ -178,8 +178,7 @@ impl<'a> Values<'a> {
         let text = std::str::from_utf8(self.bytes)
             .map_err(|error| Error::from(error).within(format_args!("`{name}` is not text")))?;
         let ends = self.ends.unwrap_or(&[]);
-        // ASCII, so nearly always, has no insides.
-        if !text.is_ascii() && !ends.iter().all(|end| text.is_char_boundary(u32::from_le_bytes(*end) as usize)) {
+        if !ends.iter().all(|end| text.is_char_boundary(u32::from_le_bytes(*end) as usize)) {
             return Err(Error::msg(format_args!("an end in `{name}` is inside a character")));
         }
         Ok(Texts { text, values: self })

@@ -5,8 +5,9 @@
 //!
 //! Everything that flights look up is a **fact**: the name of an airline, the model of an aircraft, the weather at an
 //! airport in an hour. If it is known when a flight needs it, the flight takes it: one row is written. If not, the
-//! flight leaves a note in `waiting`, and the fact gives itself to the flights that wait when it arrives. Notes are rows
-//! of their own, numbered, because a list in one row would be written anew for each flight that joins it.
+//! flight leaves a note in `waiting`, and the fact gives itself to the flights that wait when it arrives. A note has room
+//! for some dozen flights, and there are as many notes as it takes: one list of all would be written anew for each flight
+//! that joins it, and a row for each flight would be a row more to write for each flight.
 //!
 //! One rule keeps the rows independent of the order of arrival: a fact counts once. The first registration or observation
 //! is the one that the board shows.
@@ -142,14 +143,14 @@ struct Fact {
     wind_speed: Option<f64>,
     visibility: Option<f64>,
     precipitation: Option<f64>,
-    /// How many flights wait for it.
+    /// How many flights wait for it; they are on the first `waiting` places of its notes.
     waiting: i64,
 }
 
 type FactKey<'a> = (Kind, &'a str, Timestamp);
 
-/// A flight that waits for a fact.
-#[derive(View, Clone, Debug, PartialEq)]
+/// Flights that wait for a fact.
+#[derive(View, Clone, Debug, Default, PartialEq)]
 #[view(name = "waiting")]
 struct Waiting {
     #[view(key)]
@@ -158,17 +159,17 @@ struct Waiting {
     id: String,
     #[view(key)]
     hour: Timestamp,
-    /// From 1 to the fact's `waiting`.
+    /// 0, 1, ...; all notes of a fact but the last one are full.
     #[view(key)]
     number: i64,
-    flight_id: String,
+    flight_ids: Json<Vec<String>>,
 }
 
 /// For facts that hold at any time.
 const ALWAYS: Timestamp = Timestamp::from_micros(0);
 
-/// How many flights get a fact at a time: bounds what one call to the host asks for.
-const CHUNK: i64 = 1_000;
+/// How many flights a note has room for: more than leave an airport in an hour, so that most facts need one.
+const ROOM: i64 = 64;
 
 #[projection(name = "flight-board", version = 1, views(Flight, Fact, Waiting))]
 fn flight_board(event: Event<Input>, views: &mut Views) -> Result<()> {
@@ -242,16 +243,16 @@ fn never_scheduled(flight_id: &str) -> Result<()> {
 
 /// The fact, if it is known; if not, the flight waits for it from now on.
 fn ask(views: &mut Views, key: FactKey<'_>, flight_id: &str) -> Result<Option<Fact>> {
-    let mut number = 1;
+    let mut waiting = 0;
     if let Some(fact) = views.get::<Fact>(key) {
         if fact.known {
             return Ok(Some(fact.clone()));
         }
-        number += fact.waiting;
+        waiting = fact.waiting;
     }
-    views.upsert::<Fact>(key, |fact| fact.waiting = number)?;
+    views.upsert::<Fact>(key, |fact| fact.waiting = waiting + 1)?;
     let (kind, id, hour) = key;
-    views.put(Waiting { kind, id: id.into(), hour, number, flight_id: flight_id.into() })?;
+    views.upsert::<Waiting>((kind, id, hour, waiting / ROOM), |note| note.flight_ids.0.push(flight_id.into()))?;
     Ok(None)
 }
 
@@ -267,15 +268,13 @@ fn learn(views: &mut Views, fact: Fact) -> Result<()> {
     }
     views.put(fact.clone())?;
     let (kind, id, hour) = fact.key();
-    for first in (1..=waiting).step_by(CHUNK as usize) {
-        let numbers = first..=waiting.min(first + CHUNK - 1);
-        views.load::<Waiting>(numbers.clone().map(|number| (kind, id, hour, number)));
-        let mut flight_ids = Vec::new();
-        for number in numbers {
-            let note = (kind, id, hour, number);
-            flight_ids.extend(views.get::<Waiting>(note).map(|note| note.flight_id.clone()));
-            views.delete::<Waiting>(note)?;
-        }
+    for number in 0..(waiting + ROOM - 1) / ROOM {
+        let note = (kind, id, hour, number);
+        let Some(Waiting { flight_ids: Json(flight_ids), .. }) = views.get::<Waiting>(note).cloned() else {
+            bail!("note {number} of those who wait for {kind:?} `{id}` is missing");
+        };
+        views.delete::<Waiting>(note)?;
+        // One call to the host for all that are not cached.
         views.load::<Flight>(flight_ids.iter().map(String::as_str));
         for flight_id in &flight_ids {
             change(views, flight_id, |flight| give(&fact, flight))?;

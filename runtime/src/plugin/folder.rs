@@ -12,7 +12,8 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
-use notify::{RecursiveMode, Watcher};
+use notify::event::{AccessKind, AccessMode};
+use notify::{EventKind, RecursiveMode, Watcher};
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::{Engine, Error, Module, read};
@@ -74,9 +75,16 @@ impl Folder {
     pub fn watch(mut self, report: &UnboundedSender<Vec<Found>>) {
         let (sender, notifications) = channel();
         // Before the first look, so that nothing falls in between.
-        let watcher = notify::recommended_watcher(move |_| {
-            // The receiver is gone only when the loop below is.
-            let _ = sender.send(());
+        let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+            // Our own looks open and read files; only a writer's closing is of interest.
+            let ours = |event: &notify::Event| match event.kind {
+                EventKind::Access(kind) => kind != AccessKind::Close(AccessMode::Write),
+                _ => false,
+            };
+            if !event.as_ref().is_ok_and(ours) {
+                // The receiver is gone only when the loop below is.
+                let _ = sender.send(());
+            }
         })
         .and_then(|mut watcher| watcher.watch(&self.path, RecursiveMode::NonRecursive).map(|()| watcher));
         if let Err(error) = &watcher {

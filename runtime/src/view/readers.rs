@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use futures_util::TryStreamExt;
 use sqlx::pool::PoolConnection;
 use sqlx::sqlite::{Sqlite, SqliteConnectOptions, SqlitePool, SqlitePoolOptions, SqliteRow};
-use sqlx::{AssertSqlSafe, Connection, Decode, Row, SqliteConnection, TypeInfo, ValueRef};
+use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Decode, Row, SqliteConnection, TypeInfo, ValueRef};
 
 use super::query::{DECIMAL, Select, compare_decimals};
 use crate::config::limits;
@@ -195,7 +195,9 @@ pub(super) fn read_only(file: &Path) -> SqliteConnectOptions {
     with_collations(SqliteConnectOptions::new().filename(file).read_only(true))
 }
 
+/// Slow statements are the reader's own affair, which has its deadline; sqlx would log each of them.
 pub(super) fn with_collations(options: SqliteConnectOptions) -> SqliteConnectOptions {
+    let options = options.disable_statement_logging();
     options.busy_timeout(limits::DATABASE_BUSY).collation(DECIMAL, compare_decimals)
 }
 
