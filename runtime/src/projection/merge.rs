@@ -80,12 +80,10 @@ pub(super) enum Step {
 }
 
 impl Merge {
-    /// Begins after `marks`.
-    pub(super) fn new(log: &EventLog, manifest: &Manifest, marks: &[(Arc<str>, Mark)]) -> Result<Merge, Error> {
+    /// Begins after where each source of the manifest stands.
+    pub(super) fn new(log: &EventLog, manifest: &Manifest, done: &[Option<(Position, Time)>]) -> Result<Merge, Error> {
         let types = Arc::new(Mutex::new(Vec::new()));
-        let cursors = manifest.sources.iter().enumerate().map(|(index, subscription)| {
-            let mark = marks.iter().find(|(s, _)| **s == *subscription.source);
-            let done = mark.map(|(_, mark)| (mark.position, mark.time));
+        let cursors = manifest.sources.iter().zip(done).enumerate().map(|(index, (subscription, &done))| {
             let reader = SourceReader::new(subscription.clone(), index as u16, types.clone(), done);
             Cursor { reader, ahead: Columns::default(), next: 0, done, exhausted: false }
         });
@@ -265,6 +263,12 @@ fn record(runs: &mut Vec<Run>, source: usize, cursor: &Cursor) {
         Some(run) if run.source == source => run.to = to,
         _ => runs.push(Run { source, to }),
     }
+}
+
+/// Marks by index of the manifest's sources.
+pub(super) fn done(manifest: &Manifest, marks: &[(Arc<str>, Mark)]) -> Vec<Option<(Position, Time)>> {
+    let of = |source: &str| marks.iter().find(|(s, _)| **s == *source).map(|(_, mark)| (mark.position, mark.time));
+    manifest.sources.iter().map(|subscription| of(&subscription.source)).collect()
 }
 
 /// The checkpoint of positions by index.

@@ -7,12 +7,12 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::Error;
-use super::merge::{Merge, Step, checkpoint};
+use super::merge::{Merge, Step, checkpoint, done};
 use crate::config::{BatchLimits, limits};
 use crate::log::{EventLog, Heads};
 use crate::model::{Checkpoint, Columns, Position, Time};
 use crate::plugin::{Failure, Instance, Module, RowError, Rows};
-use crate::view::{self, Changes, Commit, Generation, Mark, Run, Table};
+use crate::view::{self, Changes, Commit, CommittedRows, Committer, Generation, Mark, Run, Table};
 
 /// What a worker follows.
 #[derive(Clone, Debug)]
@@ -203,10 +203,11 @@ impl Work {
             Ok(session) => session,
             Err(error) => return Leave::Failed(error),
         };
-        self.job.checkpoint.send_replace(Arc::new(session.checkpoint()));
         self.report(&session, false);
         loop {
             if let Err(leave) = self.turn(&mut session) {
+                // What was committed on the way to an error counts.
+                self.report(&session, false);
                 return leave;
             }
         }
@@ -228,9 +229,9 @@ impl Work {
         }
         let step = session.step(&self.job)?;
         let at_rest = step != Step::More;
-        if session.should_commit(&self.job.limits) || (at_rest && session.has_uncommitted()) {
-            self.commit(session)?;
-            self.report(session, at_rest);
+        let due = session.should_commit(&self.job.limits) || (at_rest && session.has_uncommitted());
+        if due || session.is_committing() {
+            self.commit(session, due, at_rest)?;
         }
         if !at_rest {
             return Ok(());
@@ -245,9 +246,8 @@ impl Work {
     }
 
     fn finish(&mut self, session: &mut Session) -> Result<(), Leave> {
-        if session.has_uncommitted() {
-            self.commit(session)?;
-        }
+        let due = session.has_uncommitted();
+        self.commit(session, due, true)?;
         Err(Leave::Stopped)
     }
 
@@ -264,9 +264,17 @@ impl Work {
         true
     }
 
-    fn commit(&mut self, session: &mut Session) -> Result<(), Leave> {
-        let had_applied = session.commit(&self.job)?;
-        self.job.checkpoint.send_replace(Arc::new(session.checkpoint()));
+    /// Begins a commit if `due`, and tells everybody of those that have ended; if `wait`, all have.
+    fn commit(&mut self, session: &mut Session, due: bool, wait: bool) -> Result<(), Leave> {
+        let mut ended = session.end_commit(due || wait)?;
+        if due {
+            session.begin_commit(&self.job)?;
+            if let Some(had_applied) = session.end_commit(wait)? {
+                ended = Some(had_applied || ended == Some(true));
+            }
+        }
+        let Some(had_applied) = ended else { return Ok(()) };
+        self.report(session, wait);
         if had_applied && !self.proved {
             self.proved = true;
             self.notify(Notice::Proved);
@@ -320,7 +328,9 @@ impl Work {
         let _ = self.job.notices.send((self.job.id, notice));
     }
 
+    /// Tells readers and the status what is committed.
     fn report(&self, session: &Session, at_rest: bool) {
+        self.job.checkpoint.send_replace(Arc::new(session.checkpoint()));
         let done = session.merge.sources.iter().zip(&session.committed);
         let done = done.filter_map(|(source, done)| done.map(|(p, t)| (source.clone(), p, t))).collect();
         self.publish(|progress| {
@@ -346,15 +356,21 @@ fn is_transient(error: &Error) -> bool {
     }
 }
 
-/// The generation and what waits for its commit: what a plugin reads from.
+/// What a plugin reads from: changes that wait for their commit, those that are being committed, what is committed.
 struct State {
-    generation: Generation,
     pending: Changes,
+    /// Kept until their commit has ended; before, nobody knows which of the two is stored.
+    committing: Option<Arc<Changes>>,
+    committed: CommittedRows,
 }
 
 impl Rows for State {
     fn get(&mut self, view: u32, key: &[u8]) -> Result<Option<Vec<u8>>, RowError> {
-        match self.generation.get(&self.pending, view, key) {
+        let newer = self.pending.get(view, key).or_else(|| self.committing.as_ref()?.get(view, key));
+        if let Some(row) = newer {
+            return Ok(row.map(<[u8]>::to_vec));
+        }
+        match self.committed.get(view, key) {
             Ok(row) => row.map_err(RowError::Plugin),
             Err(error) => Err(RowError::Host(error.to_string())),
         }
@@ -387,16 +403,19 @@ type Done = Vec<Option<(Position, Time)>>;
 /// What one opening of the files holds, until an error makes it void.
 struct Session {
     state: Arc<Mutex<State>>,
+    committer: Committer,
     tables: Arc<[Table]>,
     merge: Merge,
     /// The generation whose course is followed was built from another log.
     foreign: bool,
     instance: Option<Instance>,
     batch: Columns,
-    /// In which order the sources were taken since the last commit.
+    /// In which order the sources were taken since the last commit began.
     runs: Vec<Run>,
     /// Where each source stands after the last apply: the pending changes are complete to here.
     applied: Done,
+    /// To where the commit that began last is complete, and whether events are in it.
+    committing: Option<(Done, bool)>,
     committed: Done,
     last_commit: Instant,
     /// Whether events, not only positions, wait for the commit.
@@ -412,12 +431,14 @@ impl Session {
     fn open(job: &Job) -> Result<Session, Error> {
         let generation = Generation::open(&job.file, &job.module.manifest)?;
         let tables = generation.tables().clone();
-        let mut merge = Merge::new(&job.log, &job.module.manifest, generation.marks())?;
+        let done = done(&job.module.manifest, generation.marks());
+        let mut merge = Merge::new(&job.log, &job.module.manifest, &done)?;
         check_log(job, &job.file, &mut merge, generation.marks())?;
         let foreign = follow(job, &mut merge)?;
-        let done = merge.done();
+        let committed = generation.rows()?;
         Ok(Session {
-            state: Arc::new(Mutex::new(State { generation, pending: Changes::default() })),
+            state: Arc::new(Mutex::new(State { pending: Changes::default(), committing: None, committed })),
+            committer: Committer::new(generation),
             tables,
             merge,
             foreign,
@@ -425,6 +446,7 @@ impl Session {
             batch: Columns::default(),
             runs: Vec::new(),
             applied: done.clone(),
+            committing: None,
             committed: done,
             last_commit: Instant::now(),
             has_applied: false,
@@ -443,8 +465,13 @@ impl Session {
         checkpoint(&self.merge.sources, &self.committed)
     }
 
+    /// True if something waits for a commit that has not begun.
     fn has_uncommitted(&self) -> bool {
-        self.applied != self.committed
+        self.applied != *self.committing.as_ref().map_or(&self.committed, |(done, _)| done)
+    }
+
+    fn is_committing(&self) -> bool {
+        self.committing.is_some()
     }
 
     fn should_commit(&self, limits: &BatchLimits) -> bool {
@@ -508,7 +535,9 @@ impl Session {
         };
         // Before the commit, which needs the merge as it was when the pending changes were made.
         let culprit = (events == 1 || first_bad == Some(0)).then(|| self.describe_event(0, &failure));
-        self.commit(job)?;
+        self.end_commit(true)?;
+        self.begin_commit(job)?;
+        self.end_commit(true)?;
         if let Some(culprit) = culprit {
             return Err(culprit);
         }
@@ -516,8 +545,7 @@ impl Session {
         self.instance = None;
         self.suspect = events;
         self.size = first_bad.unwrap_or(events / 2).max(1);
-        let marks = self.state().generation.marks().to_vec();
-        self.merge = Merge::new(&job.log, &job.module.manifest, &marks)?;
+        self.merge = Merge::new(&job.log, &job.module.manifest, &self.applied)?;
         self.foreign = follow(job, &mut self.merge)?;
         Ok(())
     }
@@ -534,26 +562,40 @@ impl Session {
         }
     }
 
-    /// Commits what was applied; answers whether there were events in it. An error makes the session void.
-    fn commit(&mut self, job: &Job) -> Result<bool, Error> {
+    /// Begins to commit what was applied. The commit before must have ended. An error makes the session void.
+    fn begin_commit(&mut self, job: &Job) -> Result<(), Error> {
         let mut marks = Vec::new();
-        for ((source, applied), committed) in self.merge.sources.clone().iter().zip(&self.applied).zip(&self.committed) {
-            let Some((position, time)) = applied.filter(|_| applied != committed) else { continue };
-            let Some((fingerprint, _)) = self.merge.fingerprint(source, position)? else {
+        for (i, applied) in self.applied.iter().enumerate() {
+            let Some((position, time)) = applied.filter(|_| *applied != self.committed[i]) else { continue };
+            let source = self.merge.sources[i].clone();
+            let Some((fingerprint, _)) = self.merge.fingerprint(&source, position)? else {
                 return Err(Error::Record { source_name: source.to_string(), position });
             };
-            marks.push((source.clone(), Mark { position, time, fingerprint, log: job.log.identity().to_owned() }));
+            marks.push((source, Mark { position, time, fingerprint, log: job.log.identity().to_owned() }));
         }
-        {
-            let state = &mut *self.state();
-            let (changes, runs) = (&state.pending, self.runs.as_slice());
-            state.generation.commit(Commit { marks: &marks, changes, runs, module: &job.module.hash })?;
-            state.pending.clear();
-        }
-        self.runs.clear();
-        self.committed.clone_from(&self.applied);
+        let changes = {
+            let mut state = self.state();
+            let changes = Arc::new(std::mem::take(&mut state.pending));
+            state.committing = Some(changes.clone());
+            changes
+        };
+        let runs = std::mem::take(&mut self.runs);
+        self.committing = Some((self.applied.clone(), std::mem::take(&mut self.has_applied)));
         self.last_commit = Instant::now();
-        Ok(std::mem::take(&mut self.has_applied))
+        self.committer.begin(Commit { marks, changes, runs, module: job.module.hash.clone() });
+        Ok(())
+    }
+
+    /// Hears of a commit that has ended, or waits for its end; answers whether there were events in it. An error makes
+    /// the session void.
+    fn end_commit(&mut self, wait: bool) -> Result<Option<bool>, Error> {
+        if !self.committer.ended(wait)? {
+            return Ok(None);
+        }
+        self.state().committing = None;
+        let (done, had_applied) = self.committing.take().expect("it was begun");
+        self.committed = done;
+        Ok(Some(had_applied))
     }
 }
 

@@ -6,6 +6,8 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread::JoinHandle;
 
 use rusqlite::{Connection, OpenFlags, OptionalExtension, TransactionBehavior, params};
 
@@ -97,14 +99,9 @@ impl Changes {
         self.bytes
     }
 
-    /// Forgets all, after a commit or instead of one.
-    pub fn clear(&mut self) {
-        self.views.iter_mut().for_each(HashMap::clear);
-        (self.rows, self.bytes) = (0, 0);
-    }
-
-    fn get(&self, view: usize, key: &[u8]) -> Option<Option<&[u8]>> {
-        self.views.get(view)?.get(key).map(|row| row.as_deref())
+    /// What becomes of a row, if it is changed here: None inside if it is deleted.
+    pub fn get(&self, view: u32, key: &[u8]) -> Option<Option<&[u8]>> {
+        self.views.get(view as usize)?.get(key).map(|row| row.as_deref())
     }
 }
 
@@ -113,15 +110,15 @@ fn table(tables: &[Table], view: u32) -> Result<&Table, String> {
 }
 
 /// Everything that one commit writes.
-pub struct Commit<'a> {
+pub struct Commit {
     /// Where each source that moved stands now.
-    pub marks: &'a [(Arc<str>, Mark)],
+    pub marks: Vec<(Arc<str>, Mark)>,
     /// The rows.
-    pub changes: &'a Changes,
+    pub changes: Arc<Changes>,
     /// The order in which the sources were taken; empty for a projection of one source.
-    pub runs: &'a [Run],
+    pub runs: Vec<Run>,
     /// The hash of the module that made the changes.
-    pub module: &'a str,
+    pub module: String,
 }
 
 /// A generation's file, opened by its one writer.
@@ -166,22 +163,11 @@ impl Generation {
         checkpoint(&self.marks)
     }
 
-    /// A row in its encoded form: of `pending`, or else as committed. An error that is the plugin's is the inner one.
-    pub fn get(&mut self, pending: &Changes, view: u32, key: &[u8]) -> Result<Result<Option<Vec<u8>>, String>, Error> {
-        if let Some(row) = pending.get(view as usize, key) {
-            return Ok(Ok(row.map(<[u8]>::to_vec)));
-        }
-        let table = match table(&self.tables, view).and_then(|table| table.check_key(key).map(|()| table)) {
-            Ok(table) => table,
-            Err(reason) => return Ok(Err(reason)),
-        };
-        let read = || -> rusqlite::Result<Option<Vec<u8>>> {
-            let mut statement = self.connection.prepare_cached(&table.select)?;
-            table.bind(&mut statement, &table.key, key, 1)?;
-            let mut rows = statement.raw_query();
-            rows.next()?.map(|row| table.encode(row)).transpose()
-        };
-        read().map(Ok).map_err(|error| self.failed(error))
+    /// Reads committed rows through a connection of its own.
+    pub fn rows(&self) -> Result<CommittedRows, Error> {
+        let connection = read_only(&self.path)?;
+        connection.set_prepared_statement_cache_capacity(2 * limits::VIEWS);
+        Ok(CommittedRows { path: self.path.clone(), connection, tables: self.tables.clone() })
     }
 
     /// Writes rows and checkpoint in one transaction, if the stored checkpoint is still the one that this writer knows
@@ -191,12 +177,12 @@ impl Generation {
     ///
     /// After an error nobody knows whether the transaction happened. It must not be tried again: open the generation
     /// anew and go on from the checkpoint that is found there.
-    pub fn commit(&mut self, commit: Commit<'_>) -> Result<(), Error> {
-        let found = self.try_commit(&commit).map_err(|error| self.failed(error))?;
+    pub fn commit(&mut self, commit: &Commit) -> Result<(), Error> {
+        let found = self.try_commit(commit).map_err(|error| self.failed(error))?;
         if let Some(found) = found {
             return Err(Error::Fenced { path: self.path.clone(), expected: self.checkpoint(), found });
         }
-        for (source, mark) in commit.marks {
+        for (source, mark) in &commit.marks {
             match self.marks.iter_mut().find(|(s, _)| s == source) {
                 Some((_, old)) => *old = mark.clone(),
                 None => self.marks.push((source.clone(), mark.clone())),
@@ -206,7 +192,7 @@ impl Generation {
     }
 
     /// Answers the stored checkpoint if it is not the expected one; then nothing was written.
-    fn try_commit(&mut self, commit: &Commit<'_>) -> rusqlite::Result<Option<Checkpoint>> {
+    fn try_commit(&mut self, commit: &Commit) -> rusqlite::Result<Option<Checkpoint>> {
         let tx = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         let fence: i64 = tx.prepare_cached("SELECT fence FROM _shadowbox_generation")?.query_row([], |r| r.get(0))?;
         let found = checkpoint(&read_marks(&tx)?);
@@ -237,7 +223,7 @@ impl Generation {
             "INSERT INTO _shadowbox_checkpoint VALUES (?, ?, ?, ?, ?) ON CONFLICT (source) DO UPDATE SET
              position = excluded.position, time = excluded.time, fingerprint = excluded.fingerprint, log = excluded.log",
         )?;
-        for (source, mark) in commit.marks {
+        for (source, mark) in &commit.marks {
             upsert.execute(params![
                 &**source,
                 mark.position.0 as i64,
@@ -252,13 +238,108 @@ impl Generation {
             let runs = rmp_serde::to_vec(&runs).expect("writing to memory cannot fail");
             tx.prepare_cached("INSERT INTO _shadowbox_order (runs) VALUES (?)")?.execute([runs])?;
         }
-        tx.prepare_cached("UPDATE _shadowbox_generation SET module = ?1 WHERE module <> ?1")?.execute([commit.module])?;
+        tx.prepare_cached("UPDATE _shadowbox_generation SET module = ?1 WHERE module <> ?1")?.execute([&commit.module])?;
         tx.commit()?;
         Ok(None)
     }
 
     fn failed(&self, error: rusqlite::Error) -> Error {
         Error::Sqlite { path: self.path.clone(), error }
+    }
+}
+
+/// Reads the rows of a generation as they are committed.
+pub struct CommittedRows {
+    path: PathBuf,
+    connection: Connection,
+    tables: Arc<[Table]>,
+}
+
+impl CommittedRows {
+    /// A row in its encoded form. The inner error is a sentence about what was asked for: no such view, no such key.
+    pub fn get(&mut self, view: u32, key: &[u8]) -> Result<Result<Option<Vec<u8>>, String>, Error> {
+        let table = match table(&self.tables, view).and_then(|table| table.check_key(key).map(|()| table)) {
+            Ok(table) => table,
+            Err(reason) => return Ok(Err(reason)),
+        };
+        let read = || -> rusqlite::Result<Option<Vec<u8>>> {
+            let mut statement = self.connection.prepare_cached(&table.select)?;
+            table.bind(&mut statement, &table.key, key, 1)?;
+            let mut rows = statement.raw_query();
+            rows.next()?.map(|row| table.encode(row)).transpose()
+        };
+        read().map(Ok).map_err(|error| Error::Sqlite { path: self.path.clone(), error })
+    }
+}
+
+/// Commits on a thread of its own, one commit after the other, so that its owner can go on applying meanwhile. Dropping
+/// it waits for the commit that is under way: no write outlives its owner.
+pub struct Committer {
+    commits: Option<SyncSender<Commit>>,
+    results: Receiver<Result<(), Error>>,
+    under_way: bool,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Committer {
+    /// Takes over the writing of a generation.
+    pub fn new(mut generation: Generation) -> Committer {
+        let (commits, received) = sync_channel::<Commit>(1);
+        let (done, results) = sync_channel(1);
+        let commit_all = move || {
+            for commit in received {
+                let result = generation.commit(&commit);
+                // Rows are freed here, beside the applying; the result must find them gone.
+                drop(commit);
+                if done.send(result).is_err() {
+                    return;
+                }
+            }
+        };
+        let thread = std::thread::Builder::new().name("commit".into()).spawn(commit_all).expect("a thread can be started");
+        Committer { commits: Some(commits), results, under_way: false, thread: Some(thread) }
+    }
+
+    /// Begins a commit.
+    ///
+    /// # Panics
+    ///
+    /// If another one is under way: [`Committer::ended`] has to be heard of it first.
+    pub fn begin(&mut self, commit: Commit) {
+        assert!(!self.under_way, "one commit at a time");
+        self.under_way = true;
+        self.commits.as_ref().expect("there until it is dropped").send(commit).expect("the thread waits for it");
+    }
+
+    /// True if a commit under way has ended; waits for that if `wait` is true.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Generation::commit`]. Nothing may be committed after one.
+    pub fn ended(&mut self, wait: bool) -> Result<bool, Error> {
+        if !self.under_way {
+            return Ok(false);
+        }
+        let result = if wait {
+            self.results.recv().expect("the thread answers")
+        } else {
+            match self.results.try_recv() {
+                Ok(result) => result,
+                Err(_) => return Ok(false),
+            }
+        };
+        self.under_way = false;
+        result.map(|()| true)
+    }
+}
+
+impl Drop for Committer {
+    fn drop(&mut self) {
+        drop(self.commits.take());
+        if let Some(thread) = self.thread.take() {
+            // A panic in it was reported where it happened.
+            let _ = thread.join();
+        }
     }
 }
 
@@ -281,6 +362,17 @@ fn connect(path: &Path) -> rusqlite::Result<Connection> {
     connection.pragma_update(None, "cache_size", -16_384)?;
     connection.pragma_update(None, "journal_size_limit", 64 << 20)?;
     Ok(connection)
+}
+
+fn read_only(path: &Path) -> Result<Connection, Error> {
+    let open = || {
+        let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let connection = Connection::open_with_flags(path, flags)?;
+        connection.busy_timeout(limits::DATABASE_BUSY)?;
+        connection.pragma_update(None, "cache_size", -4096)?;
+        Ok(connection)
+    };
+    open().map_err(|error| Error::Sqlite { path: path.to_owned(), error })
 }
 
 fn prepare(connection: &mut Connection, tables: &[Table], manifest: &str) -> rusqlite::Result<(String, i64)> {
@@ -328,11 +420,7 @@ pub struct Order {
 impl Order {
     /// Opens the file of a generation for reading.
     pub fn open(path: &Path) -> Result<Order, Error> {
-        let failed = |error| Error::Sqlite { path: path.to_owned(), error };
-        let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-        let connection = Connection::open_with_flags(path, flags).map_err(failed)?;
-        connection.busy_timeout(limits::DATABASE_BUSY).map_err(failed)?;
-        Ok(Order { path: path.to_owned(), connection, next: 0 })
+        Ok(Order { path: path.to_owned(), connection: read_only(path)?, next: 0 })
     }
 
     /// How far that generation has come, by source.

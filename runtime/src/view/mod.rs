@@ -17,7 +17,7 @@ use std::path::PathBuf;
 use crate::model::Checkpoint;
 
 pub use catalogue::{Catalogue, GenerationRecord, ProjectionRecord, Role};
-pub use generation::{Changes, Commit, Generation, Mark, Order, Run};
+pub use generation::{Changes, Commit, CommittedRows, Committer, Generation, Mark, Order, Run};
 pub use row::Table;
 
 /// What can go wrong with stored views.
