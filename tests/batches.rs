@@ -33,7 +33,12 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 
 fn limits() -> impl Strategy<Value = Limits> {
     (1..9_usize, prop_oneof![Just(1_usize), Just(600), Just(1 << 20)], 1..7_usize, prop_oneof![Just(0_u64), Just(1000)])
-        .prop_map(|(events, bytes, commit_rows, commit_interval_ms)| Limits { events, bytes, commit_rows, commit_interval_ms })
+        .prop_map(|(events, bytes, commit_rows, commit_interval_ms)| Limits {
+            events,
+            bytes,
+            commit_rows,
+            commit_interval_ms,
+        })
 }
 
 /// account -> amount, events, digest; in the order given.

@@ -139,7 +139,10 @@ fn queries_join_projections_and_only_read() {
     assert!(rows[0]["n"].as_i64().unwrap() > 0, "{rows}");
     assert!(world.ok(&["query", sql]).contains('n'));
     for (sql, expected) in [
-        ("select * from no_such", "there is no view \"no_such\"; the views are customer_orders, customers, order_summary, orders"),
+        (
+            "select * from no_such",
+            "there is no view \"no_such\"; the views are customer_orders, customers, order_summary, orders",
+        ),
         ("delete from orders", "read-only"),
         ("drop table orders", "read-only"),
         ("selec 1", "syntax error"),

@@ -38,7 +38,11 @@ fn what_is_no_projection_is_refused_with_a_sentence() {
         ("text", b"this is not wasm".to_vec(), "not a WebAssembly file"),
         ("core", core, "core WebAssembly module, not a component"),
         ("half", ledger[..ledger.len() / 2].to_vec(), "only a part of one"),
-        ("future", patched(&ledger, "shadowbox:plugin/projection@0.1.0", "shadowbox:plugin/projection@0.9.0"), "contract 0.9.0"),
+        (
+            "future",
+            patched(&ledger, "shadowbox:plugin/projection@0.1.0", "shadowbox:plugin/projection@0.9.0"),
+            "contract 0.9.0",
+        ),
     ];
     for (n, (name, bytes, expected)) in cases.iter().enumerate() {
         world.drop_module(name, bytes);

@@ -105,12 +105,18 @@ fn views_and_projections_are_listed() {
     let world = ledger();
     let views = world.get("/views").json();
     let ledger = &views[0];
-    assert_eq!((&ledger["name"], &ledger["projection"], &ledger["generation"]), (&json!("ledger"), &json!("ledger"), &json!(1)));
+    assert_eq!(
+        (&ledger["name"], &ledger["projection"], &ledger["generation"]),
+        (&json!("ledger"), &json!("ledger"), &json!(1))
+    );
     assert_eq!(ledger["key"], json!(["account"]));
     assert_eq!(ledger["columns"][1], json!({ "name": "amount", "type": "integer", "nullable": false }));
     assert_eq!(ledger["position"], json!({ "left": 4 }));
     let projection = &world.get("/projections").json()[0];
-    assert_eq!((&projection["name"], &projection["version"], &projection["state"]), (&json!("ledger"), &json!(1), &json!("live")));
+    assert_eq!(
+        (&projection["name"], &projection["version"], &projection["state"]),
+        (&json!("ledger"), &json!(1), &json!("live"))
+    );
     assert_eq!(projection["sources"][0], json!({ "source": "left", "checkpoint": 4, "head": 4 }));
     assert_eq!((&projection["lag_events"], &projection["lag_seconds"]), (&json!(0), &json!(0.0)));
     assert!(projection["rate"].is_number() && projection["error"].is_null());
@@ -142,7 +148,9 @@ fn a_position_that_is_not_there_yet_is_waited_for_and_then_refused_by_type() {
         world.append(&[moved("left", 5, "f", 50)]);
         assert_eq!(waiting.join().unwrap().len(), 6);
     });
-    for (position, expected) in [("elsewhere=1", "does not depend on source \\\"elsewhere\\\""), ("left", "source=number")] {
+    for (position, expected) in
+        [("elsewhere=1", "does not depend on source \\\"elsewhere\\\""), ("left", "source=number")]
+    {
         let answer = world.get_with("/views/ledger", &[("shadowbox-position", position)]);
         assert!(answer.status == 400 && answer.body.contains(expected), "{}", answer.body);
     }

@@ -38,7 +38,12 @@ fn readers_never_see_an_empty_or_half_built_view() {
             let (mut answers, mut generations) = (0, Vec::new());
             while !done.load(Ordering::Relaxed) {
                 let answer = world.get("/views/ledger?order=account");
-                assert_eq!(answer.json(), Value::from(complete.clone()), "position {}", answer.header("shadowbox-position"));
+                assert_eq!(
+                    answer.json(),
+                    Value::from(complete.clone()),
+                    "position {}",
+                    answer.header("shadowbox-position")
+                );
                 answers += 1;
                 generations.push(answer.header("shadowbox-generation").to_owned());
             }

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use serde_json::Value;
 
-use crate::support::{World, moved, module, wait_for};
+use crate::support::{World, module, moved, wait_for};
 
 /// The ledger's rows as a plain fold of one source makes them.
 fn fold(events: &[(String, i64)]) -> Vec<(String, i64, i64, i64)> {
@@ -19,7 +19,9 @@ fn fold(events: &[(String, i64)]) -> Vec<(String, i64, i64, i64)> {
 
 fn ledger(rows: &[Value]) -> Vec<(String, i64, i64, i64)> {
     let number = |row: &Value, column: &str| row[column].as_i64().unwrap();
-    let row = |r: &Value| (r["account"].as_str().unwrap().to_owned(), number(r, "amount"), number(r, "events"), number(r, "digest"));
+    let row = |r: &Value| {
+        (r["account"].as_str().unwrap().to_owned(), number(r, "amount"), number(r, "events"), number(r, "digest"))
+    };
     rows.iter().map(row).collect()
 }
 

@@ -48,6 +48,11 @@ fn an_endless_loop() {
 }
 
 #[test]
+fn a_sleep() {
+    check("Sleeps", "", "cannot wait");
+}
+
+#[test]
 fn a_memory_bomb() {
     check("Grows", "[sandbox]\nmemory_mb = 16\n", "more than 16 MB of memory");
 }

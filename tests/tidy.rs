@@ -54,9 +54,13 @@ fn each_outside_library_is_named_in_one_place() {
 #[test]
 fn modules_depend_downwards() {
     let no = |place: &str, words: &[&str]| {
-        for (path, text) in sources("runtime/src").iter().filter(|(path, _)| path.starts_with(Path::new("runtime/src").join(place))) {
+        for (path, text) in
+            sources("runtime/src").iter().filter(|(path, _)| path.starts_with(Path::new("runtime/src").join(place)))
+        {
             for line in code(text) {
-                let word = words.iter().find(|word| line.contains(&format!("crate::{word}")) || line.contains(&format!("shadowbox::{word}")));
+                let word = words.iter().find(|word| {
+                    line.contains(&format!("crate::{word}")) || line.contains(&format!("shadowbox::{word}"))
+                });
                 assert!(word.is_none(), "{}: {place} names {:?}: {line}", path.display(), word.unwrap());
             }
         }

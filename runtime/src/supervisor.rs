@@ -34,7 +34,9 @@ pub enum Error {
     Plugin(#[from] plugin::Error),
     #[error("{path:?}: {error}")]
     File { path: PathBuf, error: std::io::Error },
-    #[error("the data directory {data:?} is held by another shadowbox ({holder}); stop it, or choose another with --data")]
+    #[error(
+        "the data directory {data:?} is held by another shadowbox ({holder}); stop it, or choose another with --data"
+    )]
     Held { data: PathBuf, holder: String },
     #[error("there is no projection {name:?}; {known}")]
     UnknownProjection { name: String, known: String },
@@ -436,12 +438,17 @@ fn clash(
 ) -> Option<String> {
     let name = &module.manifest.projection;
     if let Some((file, _)) = wanted.get(name) {
-        return Some(format!("projection {name:?} is already run by {file:?}; remove one of the files, or rename the projection"));
+        return Some(format!(
+            "projection {name:?} is already run by {file:?}; remove one of the files, or rename the projection"
+        ));
     }
     module.manifest.views.iter().find_map(|view| {
         let other = views.get(view.name.as_str()).map(|p| p.to_string()).or_else(|| owner(&view.name));
         other.filter(|other| other != name).map(|other| {
-            format!("view {:?} belongs to projection {other:?} already; rename the view, and build the module again", view.name)
+            format!(
+                "view {:?} belongs to projection {other:?} already; rename the view, and build the module again",
+                view.name
+            )
         })
     })
 }
@@ -494,7 +501,8 @@ fn projection_status(name: String, snapshot: &Snapshot, heads: &Heads) -> Option
         _ => ProjectionState::CatchingUp,
     };
     let refused = || snapshot.refused.clone();
-    let build_failed = || build_fault.as_ref().map(|r| format!("the rebuild failed: {r}; the former generation goes on"));
+    let build_failed =
+        || build_fault.as_ref().map(|r| format!("the rebuild failed: {r}; the former generation goes on"));
     let error = fault.or_else(refused).or_else(build_failed);
     let mut live_status = generation_status(live, heads, error);
     if let Some(module) = snapshot.state.live.module() {

@@ -95,7 +95,8 @@ const LOOK: Duration = Duration::from_millis(50);
 
 async fn catch_up(server: &Server) {
     let bars = MultiProgress::new();
-    let style = ProgressStyle::with_template("{prefix:24} {bar:30} {pos}/{len} events {msg}").expect("a valid template");
+    let style =
+        ProgressStyle::with_template("{prefix:24} {bar:30} {pos}/{len} events {msg}").expect("a valid template");
     let projections = server.runtime.status().projections;
     let bars: Vec<_> = projections
         .iter()

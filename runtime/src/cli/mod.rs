@@ -18,7 +18,10 @@ use shadowbox::config::{Config, Written};
 /// view together with its checkpoint, swaps or rebuilds a projection when its file changes, and answers queries over
 /// HTTP and SQL while all of that goes on.
 #[derive(Parser)]
-#[command(version, max_term_width = 100, after_help = "\
+#[command(
+    version,
+    max_term_width = 100,
+    after_help = "\
 Examples:
   shadowbox run                                   start in this folder, on http://127.0.0.1:7070
   shadowbox append orders.jsonl.zst               import events, also while a runtime runs
@@ -26,7 +29,8 @@ Examples:
   shadowbox query 'select * from order_summary'   SQL over all live views
   shadowbox status                                how far every projection is, and what is wrong
 
-Exit codes: 0 done, 1 failed, 2 wrong usage.")]
+Exit codes: 0 done, 1 failed, 2 wrong usage."
+)]
 pub(crate) struct Cli {
     #[command(subcommand)]
     command: Command,

@@ -21,13 +21,13 @@ pub(super) const PREFERENCE_APPLIED: HeaderName = HeaderName::from_static("prefe
 pub(super) struct Failure {
     status: StatusCode,
     body: Value,
-    headers: HeaderMap,
+    headers: Vec<(HeaderName, HeaderValue)>,
 }
 
 impl Failure {
     /// `code` is for programs and never changes; `message` is for people and says what to do.
     pub(super) fn new(status: StatusCode, code: &str, message: impl Into<String>) -> Failure {
-        Failure { status, body: json!({"error": code, "message": message.into()}), headers: HeaderMap::new() }
+        Failure { status, body: json!({"error": code, "message": message.into()}), headers: Vec::new() }
     }
 
     pub(super) fn bad_request(message: impl Into<String>) -> Failure {
@@ -53,14 +53,16 @@ impl Failure {
 
     /// Adds a header.
     pub(super) fn header(mut self, name: HeaderName, value: HeaderValue) -> Failure {
-        self.headers.insert(name, value);
+        self.headers.push((name, value));
         self
     }
 }
 
 impl IntoResponse for Failure {
     fn into_response(self) -> Response {
-        (self.status, self.headers, Json(self.body)).into_response()
+        let mut response = (self.status, Json(self.body)).into_response();
+        response.headers_mut().extend(self.headers);
+        response
     }
 }
 

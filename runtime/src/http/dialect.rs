@@ -115,9 +115,8 @@ fn test(column: &Column, operator: &str, operand: &str) -> Result<Test, String> 
         "lt" => Comparison::Less,
         "lte" => Comparison::LessOrEqual,
         "in" => {
-            let items = list(operand).ok_or_else(|| {
-                format!("{}=in.{operand} is not a list; write {0}=in.(a,b,\"c,d\")", column.name)
-            })?;
+            let items = list(operand)
+                .ok_or_else(|| format!("{}=in.{operand} is not a list; write {0}=in.(a,b,\"c,d\")", column.name))?;
             return items.iter().map(|item| literal(item)).collect::<Result<_, _>>().map(Test::In);
         }
         "like" | "ilike" => {
@@ -127,7 +126,12 @@ fn test(column: &Column, operator: &str, operand: &str) -> Result<Test, String> 
             return Ok(Test::Like { pattern: operand.to_owned(), ignore_case: operator == "ilike" });
         }
         "is" => return is(column, operand),
-        _ => return Err(format!("{}={operator}.{operand}: there is no operator {operator:?}; there are {OPERATORS}", column.name)),
+        _ => {
+            return Err(format!(
+                "{}={operator}.{operand}: there is no operator {operator:?}; there are {OPERATORS}",
+                column.name
+            ));
+        }
     };
     literal(operand).map(|literal| Test::Compare(comparison, literal))
 }
@@ -220,7 +224,12 @@ mod tests {
             ("b=neq.true", 2, false, Test::Compare(NotEqual, Literal::Integer(1))),
             ("t=lt.2013-01-05", 3, false, Test::Compare(Less, text("2013-01-05T00:00:00.000000Z"))),
             ("t=gt.2013-01-05T10:00:00", 3, false, Test::Compare(Greater, text("2013-01-05T10:00:00.000000Z"))),
-            ("t=lte.2013-01-05T10:00:00 02:00", 3, false, Test::Compare(LessOrEqual, text("2013-01-05T08:00:00.000000Z"))),
+            (
+                "t=lte.2013-01-05T10:00:00 02:00",
+                3,
+                false,
+                Test::Compare(LessOrEqual, text("2013-01-05T08:00:00.000000Z")),
+            ),
             ("k=like.A*", 0, false, Test::Like { pattern: "A*".into(), ignore_case: false }),
             ("j=not.ilike.%a%", 4, true, Test::Like { pattern: "%a%".into(), ignore_case: true }),
             ("k=in.(a,\"b,c\",\"d\\\"e\",)", 0, false, Test::In(["a", "b,c", "d\"e", ""].map(text).into())),
@@ -242,10 +251,10 @@ mod tests {
         assert_eq!((select.limit, select.offset), (7, 3));
         let order = |column, descending, nulls_first| Order { column, descending, nulls_first };
         assert_eq!(select.order, [order(1, true, true), order(0, false, false)]);
-        assert_eq!(check("order=n.nullsfirst,t.desc.nullslast").unwrap().order, [
-            order(1, false, true),
-            order(3, true, false)
-        ]);
+        assert_eq!(
+            check("order=n.nullsfirst,t.desc.nullslast").unwrap().order,
+            [order(1, false, true), order(3, true, false)]
+        );
         assert_eq!(check("select=*").unwrap().columns.len(), 5);
         assert_eq!(check("limit=1000").unwrap().limit, 100);
         assert_eq!(check("").unwrap().limit, 100);

@@ -2,8 +2,8 @@
 
 use axum::Json;
 use axum::body::Bytes;
-use axum::extract::rejection::BytesRejection;
 use axum::extract::State;
+use axum::extract::rejection::BytesRejection;
 use axum::http::header::CONTENT_TYPE;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use serde_json::{Value, json};
@@ -46,9 +46,8 @@ pub(super) async fn append(
         }
     }
     let new = appended.iter().filter(|event| event.new).count();
-    let positions: Vec<_> = (appended.iter())
-        .map(|e| json!({ "source": e.source, "position": e.position, "appended": e.new }))
-        .collect();
+    let positions: Vec<_> =
+        (appended.iter()).map(|e| json!({ "source": e.source, "position": e.position, "appended": e.new })).collect();
     let answer = json!({ "appended": new, "already": appended.len() - new, "positions": positions });
     Ok(([(POSITION, position_header(&highest))], Json(answer)))
 }

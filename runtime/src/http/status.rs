@@ -38,9 +38,11 @@ pub(super) async fn projection(
 ) -> Result<Json<ProjectionStatus>, Failure> {
     let projections = app.runtime.status().projections;
     let names: Vec<_> = projections.iter().map(|p| p.name.clone()).collect();
-    projections.into_iter().find(|p| p.name == name).map(Json).ok_or_else(|| {
-        Failure::not_found(format!("there is no projection {name:?}; there are: {}", names.join(", ")))
-    })
+    projections
+        .into_iter()
+        .find(|p| p.name == name)
+        .map(Json)
+        .ok_or_else(|| Failure::not_found(format!("there is no projection {name:?}; there are: {}", names.join(", "))))
 }
 
 pub(super) async fn rebuild(
@@ -48,9 +50,7 @@ pub(super) async fn rebuild(
     Path(name): Path<String>,
 ) -> Result<(StatusCode, Json<Value>), Failure> {
     match app.runtime.rebuild(&name).await {
-        Ok(generation) => {
-            Ok((StatusCode::ACCEPTED, Json(json!({ "projection": name, "generation": generation }))))
-        }
+        Ok(generation) => Ok((StatusCode::ACCEPTED, Json(json!({ "projection": name, "generation": generation })))),
         Err(error @ Error::UnknownProjection { .. }) => Err(Failure::not_found(error.to_string())),
         Err(error) => Err(Failure::new(StatusCode::CONFLICT, "cannot_rebuild", error.to_string())),
     }

@@ -96,7 +96,8 @@ fn find(app: &App, name: &str) -> Result<LiveView, Failure> {
     let views = app.runtime.views();
     views.get(name).cloned().ok_or_else(|| {
         let names: Vec<_> = views.keys().map(String::as_str).collect();
-        let known = if names.is_empty() { "there are none yet".into() } else { format!("there are: {}", names.join(", ")) };
+        let known =
+            if names.is_empty() { "there are none yet".into() } else { format!("there are: {}", names.join(", ")) };
         Failure::not_found(format!("there is no view {name:?}; {known}"))
     })
 }

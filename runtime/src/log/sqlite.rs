@@ -189,10 +189,10 @@ fn prepare(connection: &mut Connection) -> rusqlite::Result<(i64, String)> {
     let empty: bool = tx.query_row("SELECT count(*) = 0 FROM sqlite_schema", [], |r| r.get(0))?;
     if empty {
         tx.execute_batch(SCHEMA)?;
-        tx.execute("INSERT INTO log VALUES (?, ?)", params![
-            uuid::Uuid::new_v4().to_string(),
-            Time::now().to_string()
-        ])?;
+        tx.execute(
+            "INSERT INTO log VALUES (?, ?)",
+            params![uuid::Uuid::new_v4().to_string(), Time::now().to_string()],
+        )?;
         tx.pragma_update(None, "user_version", FORMAT)?;
     }
     let format = tx.pragma_query_value(None, "user_version", |r| r.get(0))?;
@@ -290,12 +290,10 @@ fn append(connection: &mut Connection, events: &[NewEvent]) -> rusqlite::Result<
         });
     }
     for source in sources.values().filter(|s| s.next > s.before) {
-        tx.execute("UPDATE sources SET head = ?, head_time = ?, first_time = ? WHERE number = ?", params![
-            source.next - 1,
-            source.last_time,
-            source.first_time,
-            source.number
-        ])?;
+        tx.execute(
+            "UPDATE sources SET head = ?, head_time = ?, first_time = ? WHERE number = ?",
+            params![source.next - 1, source.last_time, source.first_time, source.number],
+        )?;
     }
     tx.commit()?;
     Ok(appended)
@@ -398,15 +396,19 @@ impl Reader {
                 }
             };
             if let Some(event_type) = wanted {
-                out.push(source.index, event_type, RawEvent {
-                    position,
-                    time,
-                    version: row.get::<_, i64>(2)? as u64,
-                    stream: bytes(row.get_ref(4)?),
-                    id: bytes(row.get_ref(5)?),
-                    metadata: bytes(row.get_ref(6)?),
-                    payload: bytes(row.get_ref(7)?),
-                });
+                out.push(
+                    source.index,
+                    event_type,
+                    RawEvent {
+                        position,
+                        time,
+                        version: row.get::<_, i64>(2)? as u64,
+                        stream: bytes(row.get_ref(4)?),
+                        id: bytes(row.get_ref(5)?),
+                        metadata: bytes(row.get_ref(6)?),
+                        payload: bytes(row.get_ref(7)?),
+                    },
+                );
             }
             source.scanned = Some((position, time));
             if out.len() - events_before >= limits.events || out.bytes() - bytes_before >= limits.bytes {
@@ -481,17 +483,12 @@ impl Reader {
     }
 }
 
-fn type_name(
-    connection: &Connection,
-    known: &mut HashMap<i64, Arc<str>>,
-    number: i64,
-) -> rusqlite::Result<Arc<str>> {
+fn type_name(connection: &Connection, known: &mut HashMap<i64, Arc<str>>, number: i64) -> rusqlite::Result<Arc<str>> {
     if let Some(name) = known.get(&number) {
         return Ok(name.clone());
     }
-    let name: String = connection
-        .prepare_cached("SELECT name FROM types WHERE number = ?")?
-        .query_row([number], |r| r.get(0))?;
+    let name: String =
+        connection.prepare_cached("SELECT name FROM types WHERE number = ?")?.query_row([number], |r| r.get(0))?;
     let name: Arc<str> = name.into();
     known.insert(number, name.clone());
     Ok(name)

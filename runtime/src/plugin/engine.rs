@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use sha2::{Digest, Sha256};
-use wasmtime::component::{Component, HasSelf, Linker};
+use wasmtime::component::{Component, HasSelf, Linker, Resource};
 use wasmtime::{Config, OptLevel};
+use wasmtime_wasi::p2::DynPollable;
 
 use super::instance::{Host, Instance, bindings};
 use super::{Error, Failure};
@@ -70,6 +71,7 @@ impl Engine {
         wasmtime_wasi::p2::add_to_linker_sync(&mut linker).expect("an empty linker takes WASI");
         bindings::Plugin::add_to_linker::<_, HasSelf<Host>>(&mut linker, |host| host)
             .expect("names do not clash with WASI");
+        forbid_waiting(&mut linker);
         let ticking = engine.weak();
         std::thread::Builder::new()
             .name("epoch".into())
@@ -158,6 +160,24 @@ impl Engine {
         let component = unsafe { Component::deserialize(&self.engine, code) };
         component.ok()
     }
+}
+
+/// A guest that sleeps would hold its thread in the host, where no deadline reaches it. Its clocks stand still, so there
+/// is nothing that it could wait for.
+fn forbid_waiting(linker: &mut Linker<Host>) {
+    let waits = || wasmtime::Error::msg("a plugin cannot wait: its clocks stand still");
+    linker.allow_shadowing(true);
+    let mut poll = linker.instance("wasi:io/poll@0.2.12").expect("WASI is linked");
+    poll.func_wrap("[method]pollable.block", move |_, (_,): (Resource<DynPollable>,)| -> wasmtime::Result<()> {
+        Err(waits())
+    })
+    .and_then(|()| {
+        poll.func_wrap("poll", move |_, (_,): (Vec<Resource<DynPollable>>,)| -> wasmtime::Result<(Vec<u32>,)> {
+            Err(waits())
+        })
+    })
+    .expect("both are there to be shadowed");
+    linker.allow_shadowing(false);
 }
 
 /// Appears whole or not at all.

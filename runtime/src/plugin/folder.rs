@@ -61,13 +61,7 @@ impl Folder {
     /// to the directory `store`, under their hash: a generation can go on with its module after the file has changed.
     pub fn new(path: &Path, store: &Path, engine: Engine) -> std::io::Result<Folder> {
         std::fs::create_dir_all(path)?;
-        Ok(Folder {
-            path: path.to_owned(),
-            store: store.to_owned(),
-            engine,
-            files: BTreeMap::new(),
-            unreadable: false,
-        })
+        Ok(Folder { path: path.to_owned(), store: store.to_owned(), engine, files: BTreeMap::new(), unreadable: false })
     }
 
     /// Looks until nobody receives any more: at once, after each notification, and now and then. Everything that stands

@@ -24,16 +24,22 @@ pub enum Error {
     Read(std::path::PathBuf, std::io::Error),
     #[error("the file has {bytes} bytes; the limit for a module is {limit}")]
     TooLarge { bytes: u64, limit: u64 },
-    #[error("it is not a WebAssembly file, or only a part of one; build it with: cargo build --release --target wasm32-wasip2")]
+    #[error(
+        "it is not a WebAssembly file, or only a part of one; build it with: cargo build --release --target wasm32-wasip2"
+    )]
     NotWasm,
-    #[error("it is a core WebAssembly module, not a component; build it with: cargo build --release --target wasm32-wasip2")]
+    #[error(
+        "it is a core WebAssembly module, not a component; build it with: cargo build --release --target wasm32-wasip2"
+    )]
     CoreModule,
     #[error(
         "it is built for contract {found}; this runtime speaks {contract}; build it with the matching shadowbox-plugin",
         contract = manifest::CONTRACT
     )]
     Contract { found: String },
-    #[error("it is a component, but no projection: it does not export {expected}; use #[projection] of shadowbox-plugin")]
+    #[error(
+        "it is a component, but no projection: it does not export {expected}; use #[projection] of shadowbox-plugin"
+    )]
     NoProjection { expected: String },
     #[error("it does not compile or asks for something that plugins do not get: {0}")]
     Compile(String),

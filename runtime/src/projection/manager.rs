@@ -6,9 +6,9 @@ use std::sync::{Arc, RwLock};
 
 use tokio::sync::{mpsc, oneshot, watch};
 
+use super::Error;
 use super::lifecycle::{Action, Building, Input, Live, ModuleId, State};
 use super::worker::{Command, Course, Job, Notice, Progress, Worker};
-use super::Error;
 use crate::config::Config;
 use crate::log::EventLog;
 use crate::manifest::ViewSchema;
@@ -459,14 +459,17 @@ impl Running {
         let views = Arc::make_mut(&mut views);
         views.retain(|_, view| !mine(view));
         for schema in &live.record.manifest.views {
-            views.insert(schema.name.clone(), LiveView {
-                schema: Arc::new(schema.clone()),
-                projection: self.name.clone(),
-                generation: number,
-                file: live.record.file.clone(),
-                sources: live.record.manifest.sources.iter().map(|s| s.source.clone()).collect(),
-                checkpoint: live.checkpoint.subscribe(),
-            });
+            views.insert(
+                schema.name.clone(),
+                LiveView {
+                    schema: Arc::new(schema.clone()),
+                    projection: self.name.clone(),
+                    generation: number,
+                    file: live.record.file.clone(),
+                    sources: live.record.manifest.sources.iter().map(|s| s.source.clone()).collect(),
+                    checkpoint: live.checkpoint.subscribe(),
+                },
+            );
         }
     }
 }

@@ -101,8 +101,7 @@ impl Merge {
     pub(super) fn follow(&mut self, generation: &Path) -> Result<(), Error> {
         let order = Order::open(generation)?;
         let same = order.sources()?.iter().map(String::as_str).eq(self.sources.iter().map(|s| &**s));
-        self.guide =
-            same.then(|| Guide { order, runs: VecDeque::new(), recorded: self.sources.len() > 1 });
+        self.guide = same.then(|| Guide { order, runs: VecDeque::new(), recorded: self.sources.len() > 1 });
         Ok(())
     }
 
@@ -133,7 +132,12 @@ impl Merge {
 
     /// Takes the next events into `batch`, up to the limits, and appends to `runs` in which order. The step may also
     /// pass over unwanted events only; that is in `runs` as well.
-    pub(super) fn next(&mut self, limits: &BatchLimits, batch: &mut Columns, runs: &mut Vec<Run>) -> Result<Step, Error> {
+    pub(super) fn next(
+        &mut self,
+        limits: &BatchLimits,
+        batch: &mut Columns,
+        runs: &mut Vec<Run>,
+    ) -> Result<Step, Error> {
         if self.guide.is_some() { self.follow_record(limits, batch, runs) } else { self.by_time(limits, batch, runs) }
     }
 

@@ -30,7 +30,9 @@ pub enum Error {
     #[error(transparent)]
     Plugin(#[from] plugin::Error),
     /// The plugin could not apply this event. Everything before it is committed.
-    #[error("event {id:?} ({event_type}) at position {position} of source {source_name:?} could not be applied: {reason}")]
+    #[error(
+        "event {id:?} ({event_type}) at position {position} of source {source_name:?} could not be applied: {reason}"
+    )]
     Event {
         /// The source's name.
         source_name: String,

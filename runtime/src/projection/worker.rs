@@ -105,7 +105,15 @@ impl Worker {
                 let span = tracing::info_span!("projection", name = job.module.manifest.projection, file = ?job.file);
                 let _entered = span.enter();
                 let (notices, id) = (job.notices.clone(), job.id);
-                let work = Work { heads: job.log.heads(), job, commands: received, runtime, finishing: None, ready: false, proved: false };
+                let work = Work {
+                    heads: job.log.heads(),
+                    job,
+                    commands: received,
+                    runtime,
+                    finishing: None,
+                    ready: false,
+                    proved: false,
+                };
                 if let Some(reason) = work.run() {
                     tracing::error!(%reason, "the projection is faulted");
                     // The manager is gone only when everything stops.

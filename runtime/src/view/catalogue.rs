@@ -126,8 +126,9 @@ impl Catalogue {
             let record = self.record(&row)?;
             match projections.last_mut().filter(|p| p.name == record.projection) {
                 Some(projection) => projection.generations.push(record),
-                None => projections
-                    .push(ProjectionRecord { name: record.projection.clone(), generations: vec![record] }),
+                None => {
+                    projections.push(ProjectionRecord { name: record.projection.clone(), generations: vec![record] })
+                }
             }
         }
         Ok(projections)

@@ -11,8 +11,8 @@ use std::thread::JoinHandle;
 
 use rusqlite::{Connection, OpenFlags, OptionalExtension, TransactionBehavior, params};
 
-use super::row::Table;
 use super::Error;
+use super::row::Table;
 use crate::config::limits;
 use crate::manifest::{Manifest, hex};
 use crate::model::{Checkpoint, Position, Time};
@@ -66,7 +66,9 @@ impl Changes {
             match op {
                 0 => table.check_row(row)?,
                 1 => {}
-                _ => return Err(format!("a change of view {:?} has op {op}; 0 is put, 1 is delete", table.schema.name)),
+                _ => {
+                    return Err(format!("a change of view {:?} has op {op}; 0 is put, 1 is delete", table.schema.name));
+                }
             }
         }
         self.views.resize_with(tables.len(), HashMap::default);
@@ -238,7 +240,8 @@ impl Generation {
             let runs = rmp_serde::to_vec(&runs).expect("writing to memory cannot fail");
             tx.prepare_cached("INSERT INTO _shadowbox_order (runs) VALUES (?)")?.execute([runs])?;
         }
-        tx.prepare_cached("UPDATE _shadowbox_generation SET module = ?1 WHERE module <> ?1")?.execute([&commit.module])?;
+        tx.prepare_cached("UPDATE _shadowbox_generation SET module = ?1 WHERE module <> ?1")?
+            .execute([&commit.module])?;
         tx.commit()?;
         Ok(None)
     }
@@ -296,7 +299,8 @@ impl Committer {
                 }
             }
         };
-        let thread = std::thread::Builder::new().name("commit".into()).spawn(commit_all).expect("a thread can be started");
+        let thread =
+            std::thread::Builder::new().name("commit".into()).spawn(commit_all).expect("a thread can be started");
         Committer { commits: Some(commits), results, under_way: false, thread: Some(thread) }
     }
 
@@ -436,8 +440,7 @@ impl Order {
     /// The sources of that generation, in the order by which runs number them.
     pub fn sources(&self) -> Result<Vec<String>, Error> {
         let sql = "SELECT manifest FROM _shadowbox_generation";
-        let manifest: String =
-            self.connection.query_row(sql, [], |r| r.get(0)).map_err(|error| self.failed(error))?;
+        let manifest: String = self.connection.query_row(sql, [], |r| r.get(0)).map_err(|error| self.failed(error))?;
         let manifest = Manifest::parse(&manifest)
             .map_err(|e| Error::Mismatch { path: self.path.clone(), reason: e.to_string() })?;
         Ok(manifest.sources.into_iter().map(|s| s.source).collect())

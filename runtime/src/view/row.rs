@@ -46,8 +46,7 @@ impl Table {
         let all = [key.clone(), values.clone()].concat();
         let marks = vec!["?"; all.len()].join(", ");
         let set: Vec<_> = values.iter().map(|i| format!("{0} = excluded.{0}", name(i))).collect();
-        let update =
-            if set.is_empty() { "DO NOTHING".to_owned() } else { format!("DO UPDATE SET {}", set.join(", ")) };
+        let update = if set.is_empty() { "DO NOTHING".to_owned() } else { format!("DO UPDATE SET {}", set.join(", ")) };
         let by_key = key.iter().map(|i| format!("{} = ?", name(i))).collect::<Vec<_>>().join(" AND ");
         let selected = if values.is_empty() { "1".to_owned() } else { list(&values) };
         Table {

@@ -21,6 +21,8 @@ enum Fact<'a> {
     Grows,
     #[event("Exits", source = "left")]
     Exits,
+    #[event("Sleeps", source = "left")]
+    Sleeps,
     #[event("Prints", source = "left")]
     Prints,
     #[event("Looks", source = "left")]
@@ -85,7 +87,9 @@ fn ledger(event: Event<Fact>, views: &mut Views) -> Result<()> {
 }
 
 fn apply(event: Event<Fact>, views: &mut Views) -> Result<()> {
-    assert!(!cfg!(feature = "broken"), "this module is broken");
+    if cfg!(feature = "broken") {
+        panic!("this module is broken");
+    }
     match event.data {
         Fact::Moved(moved) => views.upsert::<Account>(moved.account, |row| {
             row.amount += moved.amount;
@@ -113,10 +117,15 @@ fn apply(event: Event<Fact>, views: &mut Views) -> Result<()> {
             }
         }
         Fact::Exits => std::process::exit(3),
+        #[expect(clippy::print_stdout, reason = "a flood of output is what this event is for")]
         Fact::Prints => {
             for _ in 0..10_000 {
-                print!("a line that nobody needs\n");
+                println!("a line that nobody needs");
             }
+            Ok(())
+        }
+        Fact::Sleeps => {
+            std::thread::sleep(std::time::Duration::from_secs(3_600));
             Ok(())
         }
         Fact::Looks => look(views),
