@@ -10,3 +10,4 @@ mod restart;
 mod sandbox;
 mod support;
 mod tidy;
+mod waiting;

@@ -275,13 +275,26 @@ fn lock_path(data: &Path) -> PathBuf {
     data.join("runtime.lock")
 }
 
+/// How often a lock that is held is tried again before it is believed, and how long after.
+const LOOKS: u32 = 10;
+const LOOK: Duration = Duration::from_millis(10);
+
 /// Locks the data directory. The lock is the operating system's: it goes with the process, however that ends.
 fn take(data: &Path) -> Result<File, Error> {
     let path = lock_path(data);
     let failed = |error| Error::File { path: path.clone(), error };
     let mut options = File::options();
     let mut lock = options.read(true).write(true).create(true).truncate(false).open(&path).map_err(failed)?;
-    match lock.try_lock() {
+    let mut locked = lock.try_lock();
+    for _ in 0..LOOKS {
+        // A command that only looks whether we run holds the lock for a moment.
+        if locked.is_ok() {
+            break;
+        }
+        std::thread::sleep(LOOK);
+        locked = lock.try_lock();
+    }
+    match locked {
         Ok(()) => {}
         Err(std::fs::TryLockError::WouldBlock) => {
             let holder = match read_holder(&mut lock) {
@@ -407,11 +420,11 @@ impl Plan {
                     refused.push(Refused { file: file.to_owned(), reason });
                     let name = &module.manifest.projection;
                     // A module that cannot replace the one that runs leaves it running.
-                    if let Some((former, standing)) = now.get(name).filter(|(f, _)| f == file) {
-                        if !wanted.contains_key(name) {
-                            views.extend(standing.manifest.views.iter().map(|v| (v.name.as_str(), name.as_str())));
-                            wanted.insert(name.clone(), (former.clone(), standing.clone()));
-                        }
+                    if let Some((former, standing)) = now.get(name).filter(|(f, _)| f == file)
+                        && !wanted.contains_key(name)
+                    {
+                        views.extend(standing.manifest.views.iter().map(|v| (v.name.as_str(), name.as_str())));
+                        wanted.insert(name.clone(), (former.clone(), standing.clone()));
                     }
                 }
                 None => {

@@ -41,16 +41,16 @@ impl Demo {
             written.plugins = Some(data.join("plugins"));
             written.listen = self.listen.or(written.listen.take());
         })?;
-        println!("building the example plugins for wasm32-wasip2");
+        say!("building the example plugins for wasm32-wasip2");
         let modules = build(root)?;
-        println!("appending real events: two weeks of flights out of New York, 2013");
+        say!("appending real events: two weeks of flights out of New York, 2013");
         let log = EventLog::open(&config.data)?;
         let files: Vec<PathBuf> = EVENTS.iter().map(|file| root.join(file)).collect();
         let imported = events::import(&log, &files, None);
         if let Some(error) = imported.failed {
             return Err(error);
         }
-        println!("appended {} events; {} were there already", imported.appended, imported.already);
+        say!("appended {} events; {} were there already", imported.appended, imported.already);
         drop(log);
         for (name, module) in PLUGINS.iter().zip(modules) {
             place(&module, &config.plugins.join(format!("{name}.wasm")))?;
@@ -126,11 +126,11 @@ async fn show(config: &Config, server: &Server) -> Result<()> {
          order by departs_at limit 5",
     ];
     for (view, sql) in ["carrier_performance", "flight_board"].into_iter().zip(tables) {
-        println!("\n{view}");
+        say!("\n{view}");
         views::query(config, sql, Format::Table).await?;
     }
     let url = format!("http://{}", server.address);
-    println!(
+    say!(
         r#"
 listening on {url}; try:
 

@@ -47,11 +47,11 @@ impl Append {
         // What was appended before an error is told, too: it is kept.
         let Imported { appended, already, last, failed } = imported;
         if self.json {
-            println!("{}", json!({ "appended": appended, "already": already, "last": last }));
+            say!("{}", json!({ "appended": appended, "already": already, "last": last }));
         } else {
-            println!("appended {appended} events; {already} were there already");
+            say!("appended {appended} events; {already} were there already");
             for (source, position) in &last {
-                println!("{source} is at position {position}");
+                say!("{source} is at position {position}");
             }
         }
         failed.map_or(Ok(()), Err)

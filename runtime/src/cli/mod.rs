@@ -1,5 +1,13 @@
 //! The commands, as `--help` shows them.
 
+/// `println!`, but a reader that has had enough (`| head`) or a full disk is an error and no panic.
+macro_rules! say {
+    ($($argument:tt)*) => {{
+        use std::io::Write as _;
+        writeln!(std::io::stdout(), $($argument)*)?
+    }};
+}
+
 mod demo;
 mod events;
 mod plugin;
@@ -151,7 +159,9 @@ fn running(config: &Config) -> Result<String> {
 fn ask<T: serde::de::DeserializeOwned>(method: &str, url: &str) -> Result<T> {
     let agent: ureq::Agent = ureq::Agent::config_builder().http_status_as_error(false).build().into();
     let request = ureq::http::Request::builder().method(method).uri(url).body(())?;
-    let mut response = agent.run(request).with_context(|| format!("cannot reach the runtime at {url}"))?;
+    // As text: a broken pipe in its chain would pass for one of our own output, which is no failure.
+    let mut response =
+        agent.run(request).map_err(|error| anyhow::anyhow!("cannot reach the runtime at {url}: {error}"))?;
     let ok = response.status().is_success();
     let body = response.body_mut().with_config().limit(64 << 20).read_to_string()?;
     if !ok {

@@ -88,11 +88,11 @@ impl New {
                 .with_context(|| format!("cannot write {path:?}"))?;
         }
         let module = format!("target/wasm32-wasip2/release/{}.wasm", name.replace('-', "_"));
-        println!("made {}; next:", directory.display());
-        println!("  cd {}", directory.display());
-        println!("  cargo test");
-        println!("  cargo build --release --target wasm32-wasip2");
-        println!("then copy {module} into the plugin folder of a running shadowbox");
+        say!("made {}; next:", directory.display());
+        say!("  cd {}", directory.display());
+        say!("  cargo test");
+        say!("  cargo build --release --target wasm32-wasip2");
+        say!("then copy {module} into the plugin folder of a running shadowbox");
         Ok(())
     }
 }
@@ -104,29 +104,30 @@ impl Check {
         let (manifest, hash) = checked.with_context(|| format!("{} would be refused", self.file.display()))?;
         if self.json {
             let written: serde_json::Value = serde_json::from_str(&manifest.json)?;
-            println!("{}", serde_json::to_string_pretty(&json!({ "module_hash": hash, "manifest": written }))?);
+            say!("{}", serde_json::to_string_pretty(&json!({ "module_hash": hash, "manifest": written }))?);
         } else {
-            print(&manifest, &hash);
+            print(&manifest, &hash)?;
         }
         Ok(())
     }
 }
 
-fn print(manifest: &Manifest, hash: &str) {
-    println!("projection {}, version {}, module {hash}", manifest.projection, manifest.version);
+fn print(manifest: &Manifest, hash: &str) -> Result<()> {
+    say!("projection {}, version {}, module {hash}", manifest.projection, manifest.version);
     for source in &manifest.sources {
         let types = if source.types.is_empty() { "all events".to_owned() } else { source.types.join(", ") };
-        println!("  reads {}: {types}", source.source);
+        say!("  reads {}: {types}", source.source);
     }
     for view in &manifest.views {
-        println!("  view {}", view.name);
+        say!("  view {}", view.name);
         for column in &view.columns {
             let key = if view.key.contains(&column.name) { ", key" } else { "" };
             let null = if column.nullable { ", may be null" } else { "" };
-            println!("    {}: {}{key}{null}", column.name, column.kind.name());
+            say!("    {}: {}{key}{null}", column.name, column.kind.name());
         }
         for index in &view.indexes {
-            println!("    index on {}", index.join(", "));
+            say!("    index on {}", index.join(", "));
         }
     }
+    Ok(())
 }

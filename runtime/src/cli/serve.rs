@@ -1,5 +1,6 @@
 //! `shadowbox run`.
 
+use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
@@ -33,7 +34,8 @@ impl Run {
             written.listen = self.listen.or(written.listen.take());
         })?;
         let server = Server::start(config).await?;
-        println!("listening on http://{}", server.address);
+        // Nobody may be reading. That is no reason not to serve.
+        let _ = writeln!(std::io::stdout(), "listening on http://{}", server.address);
         server.until_stopped().await
     }
 }

@@ -46,9 +46,9 @@ impl Status {
             }
         };
         if self.json {
-            println!("{}", serde_json::to_string_pretty(&status)?);
+            say!("{}", serde_json::to_string_pretty(&status)?);
         } else {
-            print(&status);
+            print(&status)?;
         }
         Ok(())
     }
@@ -104,9 +104,9 @@ async fn live(config: &Config) -> Result<Vec<GenerationRecord>> {
     Ok(projections.iter().filter_map(|p| p.role(Role::Live).cloned()).collect())
 }
 
-fn print(status: &Snapshot) {
+fn print(status: &Snapshot) -> Result<()> {
     if status.projections.is_empty() {
-        println!("no projections; drop a module into the plugin folder of a running shadowbox");
+        say!("no projections; drop a module into the plugin folder of a running shadowbox");
     } else {
         let mut table = table(&["projection", "state", "gen", "module", "source", "checkpoint", "head", "lag", "rate"]);
         for p in &status.projections {
@@ -115,16 +115,17 @@ fn print(status: &Snapshot) {
                 add(&mut table, "", "building", building);
             }
         }
-        println!("{table}");
+        say!("{table}");
     }
     for p in status.projections.iter() {
         if let Some(error) = &p.live.error {
-            println!("{}: {error}", p.name);
+            say!("{}: {error}", p.name);
         }
     }
     for refused in &status.refused {
-        println!("{} is refused: {}", refused.file, refused.reason);
+        say!("{} is refused: {}", refused.file, refused.reason);
     }
+    Ok(())
 }
 
 fn add(table: &mut Table, name: &str, state: &str, g: &GenerationStatus) {
@@ -252,9 +253,9 @@ impl Rebuild {
         }
         let done = if self.wait { "is live" } else { "is being built" };
         if self.json {
-            println!("{}", json!({ "projection": self.projection, "generation": generation, "live": self.wait }));
+            say!("{}", json!({ "projection": self.projection, "generation": generation, "live": self.wait }));
         } else {
-            println!("generation {generation} of {} {done}", self.projection);
+            say!("generation {generation} of {} {done}", self.projection);
         }
         Ok(())
     }

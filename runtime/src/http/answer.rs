@@ -21,13 +21,14 @@ pub(super) const PREFERENCE_APPLIED: HeaderName = HeaderName::from_static("prefe
 pub(super) struct Failure {
     status: StatusCode,
     body: Value,
-    headers: Vec<(HeaderName, HeaderValue)>,
+    /// Boxed, because results are moved around a lot, and seldom are errors.
+    headers: Box<HeaderMap>,
 }
 
 impl Failure {
     /// `code` is for programs and never changes; `message` is for people and says what to do.
     pub(super) fn new(status: StatusCode, code: &str, message: impl Into<String>) -> Failure {
-        Failure { status, body: json!({"error": code, "message": message.into()}), headers: Vec::new() }
+        Failure { status, body: json!({"error": code, "message": message.into()}), headers: Box::default() }
     }
 
     pub(super) fn bad_request(message: impl Into<String>) -> Failure {
@@ -53,16 +54,14 @@ impl Failure {
 
     /// Adds a header.
     pub(super) fn header(mut self, name: HeaderName, value: HeaderValue) -> Failure {
-        self.headers.push((name, value));
+        self.headers.insert(name, value);
         self
     }
 }
 
 impl IntoResponse for Failure {
     fn into_response(self) -> Response {
-        let mut response = (self.status, Json(self.body)).into_response();
-        response.headers_mut().extend(self.headers);
-        response
+        (self.status, *self.headers, Json(self.body)).into_response()
     }
 }
 

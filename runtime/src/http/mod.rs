@@ -1,23 +1,28 @@
-//! HTTP: queries in PostgREST's dialect, events in, status. The only place that names axum.
+//! The HTTP interface: views, events in, status. The only module that names axum.
 //!
-//! Every answer from a view says in `shadowbox-position` to which position of each source it is complete. A request
-//! with the same header waits, bounded, until the answer is complete to there: send back what an append answered, and
-//! you read your own write.
+//! `GET /` lists the routes. Errors are JSON, `{"error": code, "message": what to do}`, with nothing else in place of
+//! it: also for unknown routes, wrong methods, bodies that are too large, and panics.
 
+mod admin;
 mod answer;
 mod dialect;
-mod ingest;
-mod status;
+mod events;
 mod views;
 
+use std::any::Any;
 use std::future::Future;
+use std::io;
 use std::sync::Arc;
 
 use axum::Router;
-use axum::extract::DefaultBodyLimit;
+use axum::extract::{DefaultBodyLimit, Request};
+use axum::http::header::{HOST, ORIGIN};
 use axum::http::{Method, StatusCode, Uri};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::compression::CompressionLayer;
 
@@ -25,14 +30,17 @@ use crate::supervisor::Runtime;
 use crate::view::readers::Readers;
 use answer::Failure;
 
-/// What every request needs.
+/// What every handler has.
 #[derive(Clone)]
 struct App {
     runtime: Runtime,
     readers: Arc<Readers>,
+    /// True from the moment on at which the server is asked to stop: waiting readers must not hold it up.
+    stopping: watch::Receiver<bool>,
 }
 
-/// Serves until `shutdown`, then finishes the requests that are under way.
+/// Serves until `shutdown` is ready. Then no connection is taken any more, readers that wait are told so, and requests
+/// that are being answered are finished.
 ///
 /// # Errors
 ///
@@ -41,41 +49,65 @@ pub async fn serve(
     runtime: Runtime,
     listener: TcpListener,
     shutdown: impl Future<Output = ()> + Send + 'static,
-) -> std::io::Result<()> {
-    let max_body = runtime.config().http.max_body;
-    let app = App { runtime, readers: Arc::default() };
-    let router = Router::new()
-        .route("/", get(status::index))
+) -> io::Result<()> {
+    let (stop, stopping) = watch::channel(false);
+    let app = App { runtime, readers: Arc::default(), stopping };
+    let shutdown = async move {
+        shutdown.await;
+        stop.send_replace(true);
+    };
+    axum::serve(listener, router(app)).with_graceful_shutdown(shutdown).await
+}
+
+fn router(app: App) -> Router {
+    let max_body = app.runtime.config().http.max_body;
+    Router::new()
+        .route("/", get(admin::index))
         .route("/views", get(views::list))
-        .route("/views/{view}", get(views::select))
-        .route("/events", post(ingest::append))
-        .route("/projections", get(status::projections))
-        .route("/projections/{name}", get(status::projection))
-        .route("/projections/{name}/rebuild", post(status::rebuild))
-        .route("/status", get(status::status))
-        .route("/healthz", get(status::healthz))
-        .route("/readyz", get(status::readyz))
+        .route("/views/{view}", get(views::read))
+        .route("/events", post(events::append))
+        .route("/projections", get(admin::projections))
+        .route("/projections/{projection}", get(admin::projection))
+        .route("/projections/{projection}/rebuild", post(admin::rebuild))
+        .route("/status", get(admin::status))
+        .route("/healthz", get(admin::health))
+        .route("/readyz", get(admin::ready))
         .fallback(unknown_route)
         .method_not_allowed_fallback(wrong_method)
         .layer(DefaultBodyLimit::max(max_body))
-        .layer(CompressionLayer::new())
-        // A bug in one answer must not take the connection's other requests with it.
+        .layer(middleware::from_fn(same_origin))
         .layer(CatchPanicLayer::custom(panicked))
-        .with_state(app);
-    axum::serve(listener, router).with_graceful_shutdown(shutdown).await
+        .layer(CompressionLayer::new())
+        .with_state(app)
 }
 
 async fn unknown_route(uri: Uri) -> Failure {
-    Failure::not_found(format!("there is nothing at {:?}; GET / lists what there is", uri.path()))
+    Failure::not_found(format!("there is nothing at {:?}; GET / lists the routes", uri.path()))
 }
 
 async fn wrong_method(method: Method, uri: Uri) -> Failure {
-    let message = format!("{:?} does not take {method}; GET / lists what there is", uri.path());
+    let message = format!("{method} does not work on {:?}; GET / lists the routes", uri.path());
     Failure::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message)
 }
 
-fn panicked(_: Box<dyn std::any::Any + Send>) -> axum::response::Response {
-    use axum::response::IntoResponse;
-    // What it was is in the log already, from the panic hook.
-    Failure::internal("a bug in shadowbox; please report it with the log").into_response()
+/// A web page of somebody else must not change anything here through the browser of whoever visits it. A page can send
+/// a POST to loopback, but not without its origin.
+async fn same_origin(request: Request, next: Next) -> Result<Response, Failure> {
+    let headers = request.headers();
+    if request.method() == Method::POST
+        && let Some(origin) = headers.get(ORIGIN).and_then(|o| o.to_str().ok())
+    {
+        let host = headers.get(HOST).and_then(|h| h.to_str().ok()).unwrap_or_default();
+        if origin.split_once("://").map(|(_, authority)| authority) != Some(host) {
+            let message =
+                format!("pages from {origin} may not change anything here; use a program, or a page of {host}");
+            return Err(Failure::new(StatusCode::FORBIDDEN, "cross_origin", message));
+        }
+    }
+    Ok(next.run(request).await)
+}
+
+/// The panic itself has been logged by the panic hook.
+fn panicked(_: Box<dyn Any + Send + 'static>) -> Response {
+    Failure::internal("an assertion failed; it is in the log; please report it").into_response()
 }

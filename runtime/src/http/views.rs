@@ -1,20 +1,24 @@
-//! Queries.
+//! `GET /views` and `GET /views/{view}`.
+//!
+//! A reader may ask for an answer that is complete to at least a position. Waiting for it holds no connection: it
+//! follows the checkpoint that the runtime announces. What counts in the end is the checkpoint that the read itself
+//! finds in its snapshot, because the view may have been switched to another generation in between.
 
 use std::time::Duration;
 
 use axum::Json;
+use axum::extract::rejection::QueryRejection;
 use axum::extract::{Path, Query, State};
-use axum::http::header::{CONTENT_RANGE, CONTENT_TYPE, RETRY_AFTER};
+use axum::http::header::{CONTENT_RANGE, CONTENT_TYPE, RETRY_AFTER, VARY};
 use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
-use serde_json::{Value, json};
+use serde_json::json;
 use tokio::time::Instant;
 
-use super::App;
 use super::answer::{
     Failure, GENERATION, POSITION, PREFERENCE_APPLIED, Preferences, accepted, position_header, wanted_position,
 };
-use super::dialect;
+use super::{App, dialect};
 use crate::config::limits;
 use crate::model::Checkpoint;
 use crate::supervisor::LiveView;
@@ -22,205 +26,279 @@ use crate::view::query::Select;
 use crate::view::readers::{Error, Found, Place};
 use crate::view::render::{JsonRows, text, write_csv};
 
-/// All live views.
-pub(super) async fn list(State(app): State<App>) -> Json<Vec<Value>> {
+/// How often a waiting reader looks whether its view has another generation. A switch ends the old generation's
+/// checkpoints, but not at once: readers still have it.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
+/// The pause before a read is tried again that came to nothing for a reason that passes: a switch that is under way.
+const PAUSE: Duration = Duration::from_millis(20);
+/// How often a read is tried whose file is gone. One switch can hit it once; more is another matter.
+const TRIES: usize = 5;
+
+/// `GET /views`
+pub(super) async fn list(State(app): State<App>) -> Json<Vec<serde_json::Value>> {
     let views = app.runtime.views();
-    let describe = |view: &LiveView| {
+    let describe = |(name, view): (&String, &LiveView)| {
         json!({
-            "name": view.schema.name, "columns": view.schema.columns, "key": view.schema.key,
-            "projection": view.projection, "generation": view.generation,
-            "position": *view.checkpoint.borrow().clone(),
+            "name": name,
+            "projection": view.projection,
+            "generation": view.generation,
+            "position": **view.checkpoint.borrow(),
+            "sources": view.sources,
+            "columns": view.schema.columns,
+            "key": view.schema.key,
+            "indexes": view.schema.indexes,
+            "rows": format!("/views/{name}"),
         })
     };
-    Json(views.values().map(describe).collect())
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Shape {
-    Array,
-    Object,
-    Csv,
-}
-
-const OBJECT: &str = "application/vnd.pgrst.object+json";
-
-fn shape(headers: &HeaderMap) -> Result<Shape, Failure> {
-    let shape = accepted(headers).into_iter().find_map(|media| match media.as_str() {
-        "application/json" | "application/*" | "*/*" => Some(Shape::Array),
-        "text/csv" | "text/*" => Some(Shape::Csv),
-        OBJECT => Some(Shape::Object),
-        _ => None,
-    });
-    let refused = || {
-        let message = format!("none of the accepted types is there; accept application/json, text/csv or {OBJECT}");
-        Failure::new(StatusCode::NOT_ACCEPTABLE, "not_acceptable", message)
-    };
-    shape.ok_or_else(refused)
+    Json(views.iter().map(describe).collect())
 }
 
 /// `GET /views/{view}`
-pub(super) async fn select(
+pub(super) async fn read(
     State(app): State<App>,
     Path(name): Path<String>,
-    Query(parameters): Query<Vec<(String, String)>>,
+    parameters: Result<Query<Vec<(String, String)>>, QueryRejection>,
     headers: HeaderMap,
 ) -> Result<Response, Failure> {
-    let shape = shape(&headers)?;
+    let Query(parameters) =
+        parameters.map_err(|e| Failure::bad_request(format!("the query cannot be read: {}", e.body_text())))?;
+    let format = Format::negotiate(&headers)?;
     let preferences = Preferences::read(&headers)?;
     let wanted = wanted_position(&headers)?;
-    let limits = app.runtime.config().http;
-    let wait = preferences.wait.unwrap_or(limits.default_wait).min(limits.max_wait);
+    let http = &app.runtime.config().http;
+    let wait = preferences.wait.unwrap_or(http.default_wait).min(http.max_wait);
     let deadline = Instant::now() + wait;
-    // Again if a generation was promoted and the former one dropped in the middle of it.
-    for _ in 0..3 {
-        let view = find(&app, &name)?;
+
+    let mut tries = TRIES;
+    loop {
+        let view = live_view(&app, &name)?;
         if let Some(wanted) = &wanted {
-            wait_for(&view, wanted, deadline).await?;
+            check_sources(&name, &view, wanted)?;
+            follow(&app, &view, wanted, deadline).await?;
         }
-        let mut select = dialect::parse(&view.schema, &parameters, limits.max_rows).map_err(Failure::bad_request)?;
+        // The columns may have changed with the generation.
+        let mut select = dialect::parse(&view.schema, &parameters, http.max_rows).map_err(Failure::bad_request)?;
         select.count = preferences.count;
-        let read = match read(&app, &view, &select, shape).await {
-            Err(Error::Gone) => continue,
-            read => read.map_err(failed)?,
-        };
-        // Another generation may be live by now, but this one was read, so this one has to have it.
-        if wanted.as_ref().is_some_and(|wanted| !read.found.checkpoint.covers(wanted, |_| true)) {
-            continue;
+        if format == Format::Object {
+            // One more than there may be, in order to know.
+            select.limit = select.limit.min(2);
         }
-        return answer(&view, &select, shape, &preferences, read);
+        let answer = match Answer::read(&app, view, select, format).await {
+            Err(Error::Gone) if tries > 1 => {
+                tries -= 1;
+                tokio::time::sleep(PAUSE).await;
+                continue;
+            }
+            answer => answer.map_err(failure)?,
+        };
+        let Some(wanted) = &wanted else { return answer.respond(&preferences, None) };
+        if answer.found.checkpoint.covers(wanted, |_| true) {
+            return answer.respond(&preferences, Some(wait));
+        }
+        if Instant::now() >= deadline {
+            return Err(not_yet(&app, &answer.view, &answer.found.checkpoint, wanted, wait));
+        }
+        tokio::time::sleep(PAUSE).await;
     }
-    Err(Failure::internal(format!("view {name:?} changed again and again while it was read; ask again")))
 }
 
-fn find(app: &App, name: &str) -> Result<LiveView, Failure> {
+fn live_view(app: &App, name: &str) -> Result<LiveView, Failure> {
     let views = app.runtime.views();
     views.get(name).cloned().ok_or_else(|| {
         let names: Vec<_> = views.keys().map(String::as_str).collect();
-        let known =
-            if names.is_empty() { "there are none yet".into() } else { format!("there are: {}", names.join(", ")) };
-        Failure::not_found(format!("there is no view {name:?}; {known}"))
+        Failure::not_found(match names.is_empty() {
+            true => format!("there is no view {name:?}, nor any other yet; drop a module into the plugin folder"),
+            false => format!("there is no view {name:?}; there are: {}", names.join(", ")),
+        })
     })
 }
 
-/// Waits until the view is complete to a position. Nothing of a database is held meanwhile.
-async fn wait_for(view: &LiveView, wanted: &Checkpoint, deadline: Instant) -> Result<(), Failure> {
-    if let Some((source, _)) = wanted.iter().find(|(source, _)| !view.sources.iter().any(|s| s == source)) {
-        let message = format!(
-            "view {:?} does not depend on source {source:?}; it depends on {}",
-            view.schema.name,
+fn check_sources(name: &str, view: &LiveView, wanted: &Checkpoint) -> Result<(), Failure> {
+    match wanted.iter().find(|(source, _)| !view.sources.iter().any(|s| s == source)) {
+        None => Ok(()),
+        Some((source, _)) => Err(Failure::bad_request(format!(
+            "view {name:?} does not depend on source {source:?}, so it has no position there; it depends on {}",
             view.sources.join(", ")
-        );
-        return Err(Failure::bad_request(message));
+        ))),
     }
+}
+
+/// Waits until the generation has come as far as wanted. Returns early if it ends, and at the deadline: what the
+/// answer is complete to, the read finds out.
+async fn follow(app: &App, view: &LiveView, wanted: &Checkpoint, deadline: Instant) -> Result<(), Failure> {
     let mut checkpoint = view.checkpoint.clone();
-    let reached = checkpoint.wait_for(|now| now.covers(wanted, |_| true));
-    match tokio::time::timeout_at(deadline, reached).await {
-        Ok(Ok(_)) => Ok(()),
-        // The generation was replaced and dropped; whoever asked looks for the view again.
-        Ok(Err(_)) => Ok(()),
-        Err(_) => {
-            let now = view.checkpoint.borrow().clone();
-            let message = format!(
-                "view {:?} is not complete to {wanted} yet; ask again, or wait longer with prefer: wait=SECONDS",
-                view.schema.name
-            );
-            Err(Failure::new(StatusCode::PRECONDITION_FAILED, "not_yet", message)
-                .with("position", &*now)
-                .with("wanted", wanted)
-                .header(POSITION, position_header(&now))
-                .header(RETRY_AFTER, HeaderValue::from_static("1")))
+    let mut stopping = app.stopping.clone();
+    loop {
+        if checkpoint.borrow_and_update().covers(wanted, |_| true) || Instant::now() >= deadline {
+            return Ok(());
+        }
+        let pause = tokio::time::sleep_until(deadline.min(Instant::now() + LOOK_AGAIN));
+        let ended = tokio::select! {
+            changed = checkpoint.changed() => changed.is_err(),
+            () = pause => false,
+            () = async { _ = stopping.wait_for(|stopping| *stopping).await } => {
+                let message = "the runtime is stopping; ask again when it runs";
+                return Err(Failure::new(StatusCode::SERVICE_UNAVAILABLE, "stopping", message));
+            }
+        };
+        if replaced(app, view) {
+            return Ok(());
+        }
+        if ended {
+            // Its projection has stopped, or a switch is under way. That can be seen only by looking again.
+            tokio::time::sleep(PAUSE).await;
         }
     }
 }
 
-/// The rows, rendered.
-struct Rows {
-    body: Vec<u8>,
-    count: u64,
-    found: Found,
+fn replaced(app: &App, view: &LiveView) -> bool {
+    app.runtime.views().get(&view.schema.name).is_none_or(|now| now.generation != view.generation)
 }
 
-async fn read(app: &App, view: &LiveView, select: &Select, shape: Shape) -> Result<Rows, Error> {
-    let kinds = select.kinds(&view.schema);
-    let columns = select.columns.iter().zip(&kinds).map(|(column, kind)| (column.name.as_str(), Some(*kind)));
-    let json = JsonRows::new(columns);
-    let (mut body, mut count) = (Vec::new(), 0);
-    match shape {
-        Shape::Csv => write_csv(select.columns.iter().map(|column| column.name.as_str()), &mut body),
-        Shape::Array => body.push(b'['),
-        Shape::Object => {}
+/// The typed answer that a view is not as far as wanted, and why.
+fn not_yet(app: &App, view: &LiveView, position: &Checkpoint, wanted: &Checkpoint, wait: Duration) -> Failure {
+    let heads = app.runtime.log().heads_now();
+    let beyond = wanted.iter().find(|(source, wanted)| heads.get(*source).is_none_or(|h| h.position < *wanted));
+    let status = app.runtime.status();
+    let error = status.projections.into_iter().find(|p| p.name == view.projection).and_then(|p| p.live.error);
+    let why = match (beyond, error) {
+        (Some((source, wanted)), _) => match heads.get(source) {
+            Some(head) => format!("the log of {source:?} ends at {}, before {wanted}", head.position),
+            None => format!("the log has no events of {source:?}"),
+        },
+        (None, Some(error)) => format!("projection {:?} has stopped: {error}", view.projection),
+        (None, None) => "ask again, or wait longer with the header prefer: wait=SECONDS".into(),
+    };
+    let message =
+        format!("view {:?} was not complete to {wanted} within {} s; {why}", view.schema.name, wait.as_secs_f64());
+    Failure::new(StatusCode::PRECONDITION_FAILED, "not_yet", message)
+        .with("position", position)
+        .with("wanted", wanted)
+        .header(POSITION, position_header(position))
+        .header(GENERATION, HeaderValue::from(view.generation))
+        .header(RETRY_AFTER, HeaderValue::from_static("1"))
+}
+
+fn failure(error: Error) -> Failure {
+    let message = error.to_string();
+    match error {
+        Error::Refused(_) => Failure::bad_request(message),
+        Error::TooSlow => Failure::new(StatusCode::SERVICE_UNAVAILABLE, "too_slow", message),
+        Error::Busy => Failure::new(StatusCode::SERVICE_UNAVAILABLE, "busy", message),
+        Error::Gone => Failure::new(StatusCode::SERVICE_UNAVAILABLE, "gone", message),
+        Error::TooLarge => Failure::new(StatusCode::BAD_REQUEST, "too_large", message),
+        Error::Output(_) | Error::Database(_) => Failure::internal(message),
     }
-    let place = Place { projection: &view.projection, generation: view.generation, file: &view.file };
-    let live = app.runtime.views();
-    let is_live = |projection: &str, n: u64| live.values().any(|v| v.projection == projection && v.generation == n);
-    let row = |values: &[crate::view::readers::Value<'_>]| {
-        match shape {
-            Shape::Csv => {
-                let fields = values.iter().zip(&kinds).map(|(value, kind)| text(Some(*kind), *value));
-                write_csv(fields, &mut body);
-            }
-            Shape::Array | Shape::Object => {
-                if count > 0 {
+}
+
+/// The forms in which rows are given out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Format {
+    Json,
+    Csv,
+    /// PostgREST's way to say: there is one row, and I want it without the array.
+    Object,
+}
+
+impl Format {
+    fn negotiate(headers: &HeaderMap) -> Result<Format, Failure> {
+        let accepted = accepted(headers);
+        let format = accepted.iter().find_map(|media| match media.as_str() {
+            "*/*" | "application/*" | "application/json" | "application/vnd.pgrst.array+json" => Some(Format::Json),
+            "text/csv" | "text/*" => Some(Format::Csv),
+            "application/vnd.pgrst.object+json" | "application/vnd.pgrst.object" => Some(Format::Object),
+            _ => None,
+        });
+        format.ok_or_else(|| {
+            let message = format!(
+                "accept: {} is not available; there are application/json, text/csv and application/vnd.pgrst.object+json",
+                accepted.join(", ")
+            );
+            Failure::new(StatusCode::NOT_ACCEPTABLE, "not_acceptable", message)
+        })
+    }
+
+    fn content_type(self) -> &'static str {
+        match self {
+            Format::Json => "application/json",
+            Format::Csv => "text/csv; charset=utf-8",
+            Format::Object => "application/vnd.pgrst.object+json",
+        }
+    }
+}
+
+/// A read that succeeded.
+struct Answer {
+    view: LiveView,
+    format: Format,
+    offset: u64,
+    rows: u64,
+    found: Found,
+    body: Vec<u8>,
+}
+
+impl Answer {
+    async fn read(app: &App, view: LiveView, select: Select, format: Format) -> Result<Answer, Error> {
+        let kinds = select.kinds(&view.schema);
+        let names = || select.columns.iter().map(|o| o.name.as_str());
+        let json = JsonRows::new(names().zip(kinds.iter().copied().map(Some)));
+        let (mut body, mut rows) = (Vec::new(), 0);
+        match format {
+            Format::Json => body.push(b'['),
+            Format::Csv => write_csv(names(), &mut body),
+            Format::Object => {}
+        }
+        let live = app.runtime.views();
+        let live = |p: &str, g: u64| live.values().any(|v| v.projection == p && v.generation == g);
+        let place = Place { projection: &view.projection, generation: view.generation, file: &view.file };
+        let found = app.readers.select(place, &view.schema, &select, live, |values| {
+            rows += 1;
+            if format == Format::Csv {
+                write_csv(kinds.iter().zip(values).map(|(kind, value)| text(Some(*kind), *value)), &mut body);
+            } else {
+                if rows > 1 {
                     body.extend_from_slice(b",\n");
                 }
                 json.write(values, &mut body);
             }
+            if body.len() > limits::ANSWER_BYTES { Err(Error::TooLarge) } else { Ok(()) }
+        });
+        let found = found.await?;
+        if format == Format::Json {
+            body.push(b']');
         }
-        count += 1;
-        if body.len() > limits::ANSWER_BYTES { Err(Error::TooLarge) } else { Ok(()) }
-    };
-    let found = app.readers.select(place, &view.schema, select, is_live, row).await?;
-    if shape == Shape::Array {
-        body.extend_from_slice(b"]\n");
+        Ok(Answer { offset: select.offset, view, format, rows, found, body })
     }
-    Ok(Rows { body, count, found })
-}
 
-fn failed(error: Error) -> Failure {
-    let message = error.to_string();
-    match error {
-        Error::Refused(_) => Failure::bad_request(message),
-        Error::TooLarge => Failure::bad_request(message),
-        Error::TooSlow => Failure::new(StatusCode::GATEWAY_TIMEOUT, "too_slow", message),
-        Error::Busy => Failure::new(StatusCode::SERVICE_UNAVAILABLE, "busy", message),
-        Error::Gone | Error::Output(_) | Error::Database(_) => Failure::internal(message),
+    /// `waited` is the bound of a wait that the request asked for, so that the answer can say that it was heard.
+    fn respond(self, preferences: &Preferences, waited: Option<Duration>) -> Result<Response, Failure> {
+        if self.format == Format::Object && self.rows != 1 {
+            let found = if self.rows == 0 { "no row matches" } else { "several rows match" };
+            let message = format!("{found}, but accept: {} wants one; filter by the key", self.format.content_type());
+            return Err(Failure::new(StatusCode::NOT_ACCEPTABLE, "not_one_row", message));
+        }
+        let total = self.found.total.map_or("*".to_owned(), |total| total.to_string());
+        let range = match self.rows {
+            0 => format!("*/{total}"),
+            rows => format!("{}-{}/{total}", self.offset, self.offset.saturating_add(rows - 1)),
+        };
+        let applied: Vec<_> = [
+            waited.filter(|_| preferences.wait.is_some()).map(|w| format!("wait={}", w.as_secs_f64())),
+            preferences.count.then(|| "count=exact".to_owned()),
+        ]
+        .into_iter()
+        .flatten()
+        .collect();
+        let mut headers = HeaderMap::new();
+        let ascii = |text: String| HeaderValue::try_from(text).expect("ASCII");
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static(self.format.content_type()));
+        headers.insert(VARY, HeaderValue::from_static("accept"));
+        headers.insert(CONTENT_RANGE, ascii(range));
+        headers.insert(POSITION, position_header(&self.found.checkpoint));
+        headers.insert(GENERATION, HeaderValue::from(self.view.generation));
+        if !applied.is_empty() {
+            headers.insert(PREFERENCE_APPLIED, ascii(applied.join(", ")));
+        }
+        Ok((headers, self.body).into_response())
     }
-}
-
-fn answer(
-    view: &LiveView,
-    select: &Select,
-    shape: Shape,
-    preferences: &Preferences,
-    rows: Rows,
-) -> Result<Response, Failure> {
-    if shape == Shape::Object && rows.count != 1 {
-        let message = format!("{OBJECT} is for exactly one row; the query has {}", rows.count);
-        return Err(Failure::new(StatusCode::NOT_ACCEPTABLE, "not_one_row", message));
-    }
-    let media = match shape {
-        Shape::Array => "application/json; charset=utf-8",
-        Shape::Object => OBJECT,
-        Shape::Csv => "text/csv; charset=utf-8",
-    };
-    let total = rows.found.total.map_or_else(|| "*".to_owned(), |total| total.to_string());
-    let range = match rows.count {
-        0 => format!("*/{total}"),
-        count => format!("{}-{}/{total}", select.offset, select.offset + count - 1),
-    };
-    let header = |text: String| HeaderValue::try_from(text).expect("ASCII");
-    let mut headers = HeaderMap::new();
-    headers.insert(CONTENT_TYPE, HeaderValue::from_static(media));
-    headers.insert(CONTENT_RANGE, header(range));
-    headers.insert(POSITION, position_header(&rows.found.checkpoint));
-    headers.insert(GENERATION, header(view.generation.to_string()));
-    let applied = [
-        preferences.wait.map(|wait: Duration| format!("wait={}", wait.as_secs_f64())),
-        preferences.count.then(|| "count=exact".to_owned()),
-    ];
-    let applied = applied.into_iter().flatten().collect::<Vec<_>>().join(", ");
-    if !applied.is_empty() {
-        headers.insert(PREFERENCE_APPLIED, header(applied));
-    }
-    Ok((headers, rows.body).into_response())
 }

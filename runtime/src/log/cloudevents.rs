@@ -13,7 +13,7 @@
 //! | all others | metadata: one JSON object, in the order in which they came |
 //!
 //! An attribute that is `null` counts as absent, as the specification wants it. Writing is the inverse: parsing what
-//! [`write`] wrote gives the same [`NewEvent`].
+//! [`write()`] wrote gives the same [`NewEvent`].
 
 use std::borrow::Cow;
 use std::fmt;

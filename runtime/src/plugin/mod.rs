@@ -84,7 +84,7 @@ pub enum Failure {
 pub fn check(file: &Path, sandbox: &SandboxLimits) -> Result<(Manifest, String), Error> {
     let bytes = read(file)?;
     let module = Engine::new(None, *sandbox)?.admit(&bytes)?;
-    Ok((module.manifest.clone(), module.hash.clone()))
+    Ok((module.manifest, module.hash))
 }
 
 /// Reads a module file, once and bounded.

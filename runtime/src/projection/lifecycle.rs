@@ -205,7 +205,7 @@ impl State {
             return self.start_live(wanted, actions);
         };
         let builds_wanted = self.building.module() == Some(&wanted);
-        if builds_wanted && !wanted.continues(&current) || builds_wanted && wanted == current {
+        if builds_wanted && (wanted == current || !wanted.continues(&current)) {
             // It is on its way already; after a restart it goes on, and the live one with what it had.
             self.resume_live(actions);
             if let Building::Stopped(module) | Building::Faulted(module, _) = self.building.clone() {
@@ -336,7 +336,7 @@ mod tests {
         let mut state = running("a", 1);
         let b = module("b", 2);
         let actions = state.next(Input::Wanted(Some(b.clone())));
-        assert_eq!(actions, [Action::CreateBuilding(b.clone()), Action::StartBuilding(b.clone())]);
+        assert_eq!(actions, [Action::CreateBuilding(b.clone()), Action::StartBuilding(b)]);
         assert_eq!(state.next(Input::BuildReady), [Action::StopLive, Action::Finish]);
         assert_eq!(state.next(Input::BuildPassed), [Action::Promote]);
         assert_eq!(state, running("b", 2));

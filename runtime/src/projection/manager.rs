@@ -78,7 +78,7 @@ pub struct SnapshotGeneration {
 }
 
 enum Message {
-    Wanted(Option<(String, Module)>),
+    Wanted(Option<(String, Box<Module>)>),
     Rebuild(oneshot::Sender<Result<u64, String>>),
     Settled(oneshot::Sender<()>),
     Stop(oneshot::Sender<()>),
@@ -125,7 +125,7 @@ impl Manager {
     /// The folder has this file with this module for the projection now, or none any more.
     pub fn want(&self, module: Option<(String, Module)>) {
         // A manager ends only when everything stops.
-        let _ = self.messages.send(Message::Wanted(module));
+        let _ = self.messages.send(Message::Wanted(module.map(|(file, module)| (file, Box::new(module)))));
     }
 
     /// Returns when everything that was asked before is done: generations are entered and followed, not caught up.
@@ -246,13 +246,13 @@ impl Running {
         }
     }
 
-    async fn wanted(&mut self, module: Option<(String, Module)>) {
+    async fn wanted(&mut self, module: Option<(String, Box<Module>)>) {
         self.refused = None;
         let (file, module) = module.unzip();
         self.file = file;
         let wanted = module.map(|module| {
             let id = id(&module.hash, &module.manifest);
-            self.modules.insert(module.hash.clone(), module);
+            self.modules.insert(module.hash.clone(), *module);
             id
         });
         self.happened(Input::Wanted(wanted)).await;
@@ -333,7 +333,7 @@ impl Running {
             }
             Action::StopLive => self.live.as_mut().expect("it runs").stop().await,
             Action::KeepModule(id) => {
-                let manifest = self.module(&id).await?.manifest.clone();
+                let manifest = self.module(&id).await?.manifest;
                 let live = self.live.as_mut().expect("it runs");
                 live.record.module = id.hash;
                 live.record.manifest = manifest;

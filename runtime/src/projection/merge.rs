@@ -225,7 +225,7 @@ impl Merge {
                 guide.runs.pop_front();
             }
             if guide.recorded {
-                match guide.order.next()? {
+                match guide.order.next_runs()? {
                     Some(runs) => guide.runs.extend(runs),
                     None => return Ok(None),
                 }

@@ -1,8 +1,8 @@
 //! Projections: where plugins, views and the log meet.
 //!
-//! [`Manager`] runs one projection. It keeps a [`lifecycle`] (a pure state machine that says what to do), and a
-//! [`worker`] for each generation that is being followed: the loop read, apply, commit. A worker reads through
-//! [`merge`], which puts the events of several sources into one order.
+//! [`Manager`] runs one projection. It keeps a [`lifecycle`] (a pure state machine that says what to do), and a worker
+//! (`worker.rs`) for each generation that is being followed: the loop read, apply, commit. A worker reads through a merge
+//! (`merge.rs`), which puts the events of several sources into one order.
 
 pub mod lifecycle;
 mod manager;

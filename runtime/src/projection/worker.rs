@@ -197,10 +197,10 @@ impl Work {
             }
             tracing::warn!(%error, ?wait, "going back to the last commit");
             self.publish(|p| p.activity = Activity::Retrying(error.to_string()));
-            if let Wake::Command(command) = self.wait(wait) {
-                if !self.obey(command) {
-                    return None;
-                }
+            if let Wake::Command(command) = self.wait(wait)
+                && !self.obey(command)
+            {
+                return None;
             }
         }
     }
@@ -245,10 +245,10 @@ impl Work {
             return Ok(());
         }
         self.publish(|p| p.activity = Activity::AtHead);
-        if let Wake::Command(command) = self.rest(session, step)? {
-            if !self.obey(command) {
-                return self.finish(session);
-            }
+        if let Wake::Command(command) = self.rest(session, step)?
+            && !self.obey(command)
+        {
+            return self.finish(session);
         }
         Ok(())
     }

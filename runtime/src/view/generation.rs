@@ -46,10 +46,13 @@ pub struct Run {
     pub to: Position,
 }
 
+/// Encoded rows by their encoded keys; None for a row that is deleted.
+type Rows = HashMap<Box<[u8]>, Option<Box<[u8]>>, foldhash::fast::FixedState>;
+
 /// Row changes that wait for their commit: the last state of each row touched, once.
 #[derive(Default)]
 pub struct Changes {
-    views: Vec<HashMap<Box<[u8]>, Option<Box<[u8]>>, foldhash::fast::FixedState>>,
+    views: Vec<Rows>,
     rows: usize,
     bytes: usize,
 }
@@ -74,8 +77,8 @@ impl Changes {
         self.views.resize_with(tables.len(), HashMap::default);
         for (view, op, key, row) in changes {
             let rows = &mut self.views[view as usize];
-            let row = (op == 0).then(|| Box::from(&**row));
-            self.bytes += row.as_ref().map_or(0, |row: &Box<[u8]>| row.len());
+            let row: Option<Box<[u8]>> = (op == 0).then(|| Box::from(&**row));
+            self.bytes += row.as_deref().map_or(0, <[u8]>::len);
             match rows.get_mut(&**key) {
                 Some(old) => {
                     self.bytes -= old.as_ref().map_or(0, |row| row.len());
@@ -447,7 +450,7 @@ impl Order {
     }
 
     /// The runs of the next recorded commit, or None if there is none yet.
-    pub fn next(&mut self) -> Result<Option<Vec<Run>>, Error> {
+    pub fn next_runs(&mut self) -> Result<Option<Vec<Run>>, Error> {
         let sql = "SELECT number, runs FROM _shadowbox_order WHERE number > ? ORDER BY number LIMIT 1";
         let row: Option<(i64, Vec<u8>)> = self
             .connection

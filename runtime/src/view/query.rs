@@ -368,3 +368,69 @@ fn like(pattern: &str) -> String {
     }
     out
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn literals_by_column_type() {
+        use ColumnType::*;
+        let text = |text: &str| Some(Literal::Text(text.into()));
+        for (kind, written, expected) in [
+            (Text, "", text("")),
+            (Integer, "-9223372036854775808", Some(Literal::Integer(i64::MIN))),
+            (Integer, "1.0", None),
+            (Real, "1e3", Some(Literal::Real(1000.0))),
+            (Real, "inf", None),
+            (Boolean, "true", Some(Literal::Integer(1))),
+            (Boolean, "yes", None),
+            (Bytes, "_-8=", Some(Literal::Blob(vec![255, 239]))),
+            (Bytes, "a", None),
+            (Timestamp, "2013-01-01T10:15:00.5+02:00", text("2013-01-01T08:15:00.500000Z")),
+            (Timestamp, "2013-01-01", text("2013-01-01T00:00:00.000000Z")),
+            (Timestamp, "2013-01-01T10:15", text("2013-01-01T10:15:00.000000Z")),
+            (Timestamp, "yesterday", None),
+            (Uuid, "67E5504410B1426F9247BB680E5FE0C8", text("67e55044-10b1-426f-9247-bb680e5fe0c8")),
+            (Uuid, "67e5", None),
+            (Decimal, "-12.50", text("-12.50")),
+            (Decimal, "1e3", None),
+            (Decimal, "1.", None),
+            (Json, "{}", None),
+        ] {
+            let column = Column { name: "c".into(), kind, nullable: true };
+            let parsed = Literal::parse(&column, written);
+            let error = parsed.as_ref().err().map(ToString::to_string);
+            assert!(error.is_none_or(|e| e.contains("column \"c\" is")), "{kind:?} {written}");
+            assert_eq!(parsed.ok(), expected, "{kind:?} {written}");
+        }
+    }
+
+    #[test]
+    fn decimals_are_ordered_as_numbers() {
+        let ascending =
+            ["-100", "-12.50", "-1.001", "-1", "0", "0.05", "0.5", "1", "1.5", "2", "10", "1000000000000000000000000"];
+        for (i, a) in ascending.iter().enumerate() {
+            for (j, b) in ascending.iter().enumerate() {
+                assert_eq!(compare_decimals(a, b), i.cmp(&j), "{a} {b}");
+            }
+        }
+        for (a, b) in [("1.50", "1.5"), ("007", "7"), ("-0.0", "0"), ("-01.10", "-1.1")] {
+            assert_eq!(compare_decimals(a, b), Ordering::Equal, "{a} {b}");
+        }
+        assert_eq!(compare_decimals("99", "n/a"), Ordering::Less);
+        assert_eq!(compare_decimals("n/a", "99"), Ordering::Greater);
+    }
+
+    #[test]
+    fn patterns() {
+        for (pattern, expected_glob, expected_like) in [
+            ("a%b*c_d", "a*b*c?d", "a%b%c_d"),
+            (r"\%\*\_\\", r"%[*]_\", r"\%*\_\\"),
+            ("[?]", "[[][?]]", "[?]"),
+            ("end\\", "end\\", r"end\\"),
+        ] {
+            assert_eq!((glob(pattern).as_str(), like(pattern).as_str()), (expected_glob, expected_like), "{pattern}");
+        }
+    }
+}

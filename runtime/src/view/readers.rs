@@ -209,3 +209,159 @@ async fn set_deadline(connection: &mut PoolConnection<Sqlite>, time: Duration) -
     connection.lock_handle().await?.set_progress_handler(INSTRUCTIONS, move || Instant::now() < deadline);
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::manifest::{Column, ColumnType};
+    use crate::view::query::{Comparison, Filter, Literal, Order, Test};
+
+    fn schema() -> ViewSchema {
+        let column = |name: &str, kind, nullable| Column { name: name.into(), kind, nullable };
+        ViewSchema {
+            // Keywords, because names are only checked for their characters.
+            name: "order".into(),
+            columns: vec![
+                column("group", ColumnType::Text, false),
+                column("n", ColumnType::Integer, true),
+                column("price", ColumnType::Decimal, true),
+            ],
+            key: vec!["group".into()],
+            indexes: Vec::new(),
+        }
+    }
+
+    /// A generation's file with a few rows; the folder goes when it is dropped.
+    fn generation() -> (tempfile::TempDir, std::path::PathBuf, rusqlite::Connection) {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("a view?#%.sqlite");
+        let writer = rusqlite::Connection::open(&file).unwrap();
+        writer
+            .execute_batch(
+                "PRAGMA journal_mode = WAL;
+                 CREATE TABLE _shadowbox_checkpoint (source TEXT PRIMARY KEY, position INTEGER NOT NULL, time INTEGER NOT NULL);
+                 INSERT INTO _shadowbox_checkpoint VALUES ('s', 7, 1000000);
+                 CREATE TABLE \"order\" (\"group\" TEXT NOT NULL, n INTEGER, price TEXT, PRIMARY KEY (\"group\")) STRICT, WITHOUT ROWID;
+                 INSERT INTO \"order\" VALUES ('a', 1, '10.5'), ('b', 2, '9'), ('B*', NULL, NULL), ('c', 2, '10.50');",
+            )
+            .unwrap();
+        (folder, file, writer)
+    }
+
+    async fn select(readers: &Readers, file: &Path, select: &Select) -> Result<(Vec<String>, Found), Error> {
+        let schema = schema();
+        let mut keys = Vec::new();
+        let place = Place { projection: "p", generation: 1, file };
+        let found = readers.select(
+            place,
+            &schema,
+            select,
+            |_, _| true,
+            |row| {
+                let Value::Text(key) = row[0] else { panic!("{row:?}") };
+                keys.push(key.to_owned());
+                Ok(())
+            },
+        );
+        let found = found.await?;
+        Ok((keys, found))
+    }
+
+    /// Checks the keys of the rows that filters and an order give.
+    async fn check(filters: &[(usize, bool, Test)], order: &[Order], expected: &[&str]) {
+        let (_folder, file, _writer) = generation();
+        let filters = filters.iter().cloned().map(|(column, negated, test)| Filter { column, negated, test });
+        let query =
+            Select { filters: filters.collect(), order: order.to_vec(), count: true, ..Select::all(&schema(), 100) };
+        let (keys, found) = select(&Readers::default(), &file, &query).await.unwrap();
+        assert_eq!(keys, expected, "{query:?}");
+        assert_eq!(found.total, Some(expected.len() as u64));
+        assert_eq!(found.checkpoint.to_string(), "s=7");
+    }
+
+    fn order(column: usize, descending: bool, nulls_first: bool) -> Order {
+        Order { column, descending, nulls_first }
+    }
+
+    #[tokio::test]
+    async fn filters() {
+        let text = |text: &str| Literal::Text(text.into());
+        let like = |pattern: &str, ignore_case| Test::Like { pattern: pattern.into(), ignore_case };
+        let all = ["B*", "a", "b", "c"];
+        check(&[], &[], &all).await;
+        check(&[(1, false, Test::Compare(Comparison::Equal, Literal::Integer(2)))], &[], &["b", "c"]).await;
+        // As in SQL, what is absent is neither equal nor different.
+        check(&[(1, false, Test::Compare(Comparison::NotEqual, Literal::Integer(2)))], &[], &["a"]).await;
+        check(&[(1, true, Test::Compare(Comparison::Equal, Literal::Integer(2)))], &[], &["a"]).await;
+        check(&[(1, false, Test::IsNull)], &[], &["B*"]).await;
+        check(&[(1, true, Test::IsNull)], &[], &["a", "b", "c"]).await;
+        check(&[(1, false, Test::IsNotNull)], &[], &["a", "b", "c"]).await;
+        check(&[(2, false, Test::Compare(Comparison::Equal, text("10.50")))], &[], &["a", "c"]).await;
+        check(&[(2, false, Test::Compare(Comparison::Greater, text("9")))], &[], &["a", "c"]).await;
+        check(&[(2, false, Test::In(vec![text("9.00"), text("1")]))], &[], &["b"]).await;
+        check(&[(0, false, Test::In(Vec::new()))], &[], &[]).await;
+        check(&[(0, true, Test::In(Vec::new()))], &[], &all).await;
+        check(&[(0, false, like("b%", false))], &[], &["b"]).await;
+        check(&[(0, false, like("b%", true))], &[], &["B*", "b"]).await;
+        check(&[(0, false, like("%\\*", false))], &[], &["B*"]).await;
+    }
+
+    #[tokio::test]
+    async fn orders_end_with_the_key() {
+        check(&[], &[order(1, false, false)], &["a", "b", "c", "B*"]).await;
+        check(&[], &[order(1, true, true)], &["B*", "c", "b", "a"]).await;
+        check(&[], &[order(2, false, true)], &["B*", "b", "a", "c"]).await;
+        check(&[], &[order(2, true, false), order(0, false, false)], &["a", "c", "b", "B*"]).await;
+    }
+
+    #[tokio::test]
+    async fn pages_and_what_is_there() {
+        let (_folder, file, writer) = generation();
+        let readers = Readers::default();
+        let page = Select { offset: 1, limit: 2, count: true, ..Select::all(&schema(), 2) };
+        let (keys, found) = select(&readers, &file, &page).await.unwrap();
+        assert_eq!((keys, found.total), (vec!["a".to_owned(), "b".to_owned()], Some(4)));
+
+        writer.execute_batch("BEGIN; DELETE FROM \"order\"; UPDATE _shadowbox_checkpoint SET position = 8;").unwrap();
+        let (keys, found) = select(&readers, &file, &page).await.unwrap();
+        assert_eq!((keys.len(), found.checkpoint.to_string().as_str()), (2, "s=7"), "nothing is committed yet");
+        writer.execute_batch("COMMIT").unwrap();
+        let (keys, found) = select(&readers, &file, &page).await.unwrap();
+        assert_eq!((keys.len(), found.checkpoint.to_string().as_str()), (0, "s=8"));
+        assert_eq!(
+            read_marks(&file).await.unwrap(),
+            [("s".to_owned(), Position(8), Time::from_microseconds(1_000_000).unwrap())]
+        );
+    }
+
+    #[tokio::test]
+    async fn errors_have_types() {
+        let (folder, file, _writer) = generation();
+        let readers = Readers::default();
+        let all = Select::all(&schema(), 10);
+        let gone = select(&readers, &folder.path().join("gone.sqlite"), &all).await;
+        assert!(matches!(gone, Err(Error::Gone)), "{gone:?}");
+        let place = Place { projection: "q", generation: 1, file: &file };
+        let ended = readers.select(place, &schema(), &all, |_, _| true, |_| Err(Error::TooLarge)).await;
+        assert!(matches!(ended, Err(Error::TooLarge)), "{ended:?}");
+
+        let pool = readers.pool(place, |_, _| true);
+        let mut connection = pool.acquire().await.unwrap();
+        set_deadline(&mut connection, Duration::ZERO).await.unwrap();
+        let endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n";
+        let slow = sqlx::query(endless).fetch_one(&mut *connection).await.map(drop).map_err(Error::from);
+        assert!(matches!(slow, Err(Error::TooSlow)), "{slow:?}");
+    }
+
+    #[tokio::test]
+    async fn pools_of_former_generations_are_dropped() {
+        let (_folder, file, _writer) = generation();
+        let readers = Readers::default();
+        for generation in 1..=3 {
+            readers.pool(Place { projection: "p", generation, file: &file }, |_, g| g >= 2);
+        }
+        let mut open: Vec<_> = readers.pools.lock().unwrap().keys().map(|(_, g)| *g).collect();
+        open.sort_unstable();
+        assert_eq!(open, [2, 3]);
+    }
+}

@@ -14,6 +14,7 @@
 //! Results of SQL have SQLite's types only: a boolean is 0 or 1 there, a JSON column is a string.
 
 use std::borrow::Cow;
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
 use base64::Engine as _;
@@ -29,10 +30,18 @@ pub struct JsonRows {
 }
 
 impl JsonRows {
-    /// Columns by name and, for views, type.
+    /// Columns by name and, for views, type. A name that comes again gets a number, as a join's `*` gives two columns
+    /// of one name, and readers of JSON would drop one of them.
     pub fn new<'a>(columns: impl IntoIterator<Item = (&'a str, Option<ColumnType>)>) -> JsonRows {
-        let name = |name: &str| format!("{}:", serde_json::to_string(name).expect("a string"));
-        JsonRows { columns: columns.into_iter().map(|(n, kind)| (name(n), kind)).collect() }
+        let mut taken = BTreeSet::new();
+        let mut unique = |name: &str| {
+            let numbered = (2..).map(|n| format!("{name}_{n}"));
+            let mut names = std::iter::once(name.to_owned()).chain(numbered);
+            let name = names.find(|name| !taken.contains(name)).expect("numbers do not end");
+            taken.insert(name.clone());
+            format!("{}:", serde_json::to_string(&name).expect("a string"))
+        };
+        JsonRows { columns: columns.into_iter().map(|(name, kind)| (unique(name), kind)).collect() }
     }
 
     /// Appends one row.
@@ -130,6 +139,9 @@ mod tests {
         let mut out = Vec::new();
         JsonRows::new([("a", None), ("b\"", None)]).write(&[Value::Integer(1), Value::Null], &mut out);
         assert_eq!(String::from_utf8(out).unwrap(), r#"{"a":1,"b\"":null}"#);
+        let mut out = Vec::new();
+        JsonRows::new(["a", "a_2", "a"].map(|name| (name, None))).write(&[Value::Integer(0); 3], &mut out);
+        assert_eq!(String::from_utf8(out).unwrap(), r#"{"a":0,"a_2":0,"a_3":0}"#);
         let mut out = Vec::new();
         write_csv(["a", "b,\"c\"", ""], &mut out);
         write_csv([""], &mut out);

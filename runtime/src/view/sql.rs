@@ -153,3 +153,102 @@ fn quoted_length(text: &str, quote: char) -> usize {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::manifest::{CONTRACT, Manifest};
+    use crate::view::Role;
+
+    /// A live generation with the view `view (k, n)` and one row for each pair.
+    fn live(folder: &Path, projection: &str, view: &str, rows: &str) -> GenerationRecord {
+        let file = folder.join(format!("{projection}?.sqlite"));
+        let writer = rusqlite::Connection::open(&file).unwrap();
+        writer
+            .execute_batch(&format!(
+                "PRAGMA journal_mode = WAL; CREATE TABLE {view} (k TEXT PRIMARY KEY, n INTEGER) STRICT, WITHOUT ROWID;
+                 INSERT INTO {view} VALUES {rows};"
+            ))
+            .unwrap();
+        let manifest = serde_json::json!({
+            "contract": CONTRACT, "projection": projection, "version": 1, "sources": [{"source": "s"}],
+            "views": [{"name": view, "key": ["k"],
+                "columns": [{"name": "k", "type": "text"}, {"name": "n", "type": "integer"}]}],
+        });
+        let manifest = Manifest::parse(&manifest.to_string()).unwrap();
+        GenerationRecord {
+            projection: projection.into(),
+            number: 1,
+            role: Role::Live,
+            module: String::new(),
+            manifest,
+            file,
+        }
+    }
+
+    async fn run(live: &[GenerationRecord], sql: &str) -> Result<String, String> {
+        let mut out = String::new();
+        let result = query(live, sql, |part| {
+            match part {
+                Part::Columns(names) => out = names.join(","),
+                Part::Row(values) => out += &format!(" {values:?}"),
+            }
+            Ok(())
+        });
+        result.await.map(|()| out).map_err(|e| e.to_string())
+    }
+
+    #[tokio::test]
+    async fn views_of_several_projections_are_joined() {
+        let folder = tempfile::tempdir().unwrap();
+        let generations = [
+            live(folder.path(), "main", "flights", "('UA', 3), ('AA', 1)"),
+            live(folder.path(), "carrier-names", "names", "('UA', 0)"),
+        ];
+        for (sql, expected) in [
+            ("select f.n from Flights f join \"names\" using (k)", "n [Integer(3)]"),
+            ("select k from flights where n > 5", "k"),
+            ("select count(*) as n from flights; -- the end", "n [Integer(2)]"),
+            ("select * from \"carrier-names\".names", "k,n [Text(\"UA\"), Integer(0)]"),
+            ("select '10' > '9' as t, max('10' collate decimal, '9') as m", "t,m [Integer(0), Text(\"10\")]"),
+        ] {
+            assert_eq!(run(&generations, sql).await.as_deref(), Ok(expected), "{sql}");
+        }
+        for (sql, expected) in [
+            ("select * from orders", "there is no view \"orders\"; the views are flights, names"),
+            ("select x from flights", "no such column: x"),
+            ("delete from flights", "queries are read-only"),
+            ("create table t (x)", "queries are read-only"),
+            ("select 1; select 2", "only one statement"),
+            ("selec", "syntax error"),
+        ] {
+            let error = run(&generations, sql).await.unwrap_err();
+            assert!(error.contains(expected), "{sql}: {error}");
+        }
+        assert!(run(&[], "select * from x").await.unwrap_err().contains("there are no views yet"));
+    }
+
+    #[tokio::test]
+    async fn only_so_many_projections_in_one_statement() {
+        let folder = tempfile::tempdir().unwrap();
+        let generations: Vec<_> = (0..=limits::ATTACHED)
+            .map(|i| live(folder.path(), &format!("p{i}"), &format!("v{i}"), "('a', 1)"))
+            .collect();
+        let union = |n: usize| (0..n).map(|i| format!("select n from v{i}")).collect::<Vec<_>>().join(" union all ");
+        assert!(run(&generations, &union(limits::ATTACHED)).await.is_ok());
+        let error = run(&generations, &union(limits::ATTACHED + 1)).await.unwrap_err();
+        assert!(error.contains("views of 11 projections"), "{error}");
+    }
+
+    #[test]
+    fn names_in_a_statement() {
+        let sql = "SELECT a.\"b\"\"c\", [d e], `f`, 'g' -- h\n FROM i /* j */ WHERE k = 'l''m' AND é_1 > 2.5";
+        let names = identifiers(sql).unwrap();
+        for name in ["a", "d e", "f", "i", "k", "é_1"] {
+            assert!(names.contains(name), "{name}: {names:?}");
+        }
+        for name in ["g", "h", "j", "l", "m"] {
+            assert!(!names.contains(name), "{name}: {names:?}");
+        }
+    }
+}

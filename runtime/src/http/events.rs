@@ -1,0 +1,94 @@
+//! `POST /events`: one CloudEvent or a batch, in one transaction.
+
+use axum::Json;
+use axum::body::Bytes;
+use axum::extract::State;
+use axum::extract::rejection::BytesRejection;
+use axum::http::header::{CONTENT_ENCODING, CONTENT_TYPE};
+use axum::http::{HeaderMap, StatusCode};
+use axum::response::{IntoResponse, Response};
+use serde_json::json;
+
+use super::App;
+use super::answer::{Failure, POSITION, position_header};
+use crate::log::{self, cloudevents};
+use crate::model::{Checkpoint, NewEvent};
+
+/// `POST /events`
+pub(super) async fn append(
+    State(app): State<App>,
+    headers: HeaderMap,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Response, Failure> {
+    let batch = is_batch(&headers)?;
+    let body = body.map_err(|e| rejected(&e, app.runtime.config().http.max_body))?;
+    let log = app.runtime.log().clone();
+    let appended = tokio::task::spawn_blocking(move || {
+        let events = parse(&body, batch)?;
+        log.append(&events).map_err(|error| match error {
+            log::Error::TooLarge { .. } => Failure::bad_request(error.to_string()),
+            error => Failure::internal(format!("nothing was appended: {error}; send it again")),
+        })
+    });
+    let appended = appended.await.map_err(|e| Failure::internal(format!("the append did not finish: {e}")))??;
+
+    let mut highest = Checkpoint::default();
+    for event in &appended {
+        if highest.get(&event.source) < Some(event.position) {
+            highest.set(&event.source, event.position);
+        }
+    }
+    let new = appended.iter().filter(|a| a.new).count();
+    let positions: Vec<_> =
+        appended.iter().map(|a| json!({"source": a.source, "position": a.position, "appended": a.new})).collect();
+    let body = json!({"appended": new, "already": appended.len() - new, "positions": positions});
+    Ok(([(POSITION, position_header(&highest))], Json(body)).into_response())
+}
+
+/// Whether the content type says one event, a batch, or leaves it to the first byte (None).
+fn is_batch(headers: &HeaderMap) -> Result<Option<bool>, Failure> {
+    let unsupported =
+        |message: String| Failure::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", message);
+    if let Some(encoding) = headers.get(CONTENT_ENCODING).filter(|e| *e != "identity") {
+        return Err(unsupported(format!("content-encoding {encoding:?} is not understood; send the events plain")));
+    }
+    let content_type = headers.get(CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or_default();
+    match content_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase().as_str() {
+        "application/cloudevents+json" => Ok(Some(false)),
+        "application/cloudevents-batch+json" => Ok(Some(true)),
+        "application/json" => Ok(None),
+        other => Err(unsupported(format!(
+            "content-type {other:?} is not understood; send application/cloudevents+json (one event), \
+             application/cloudevents-batch+json (an array) or application/json (either)"
+        ))),
+    }
+}
+
+fn rejected(rejection: &BytesRejection, max_body: usize) -> Failure {
+    match rejection.status() {
+        StatusCode::PAYLOAD_TOO_LARGE => {
+            let message = format!(
+                "the body is larger than {} MiB (http.max_body_mb); send several batches, or use shadowbox append",
+                max_body >> 20
+            );
+            Failure::new(StatusCode::PAYLOAD_TOO_LARGE, "too_large", message)
+        }
+        _ => Failure::bad_request(format!("the body cannot be read: {}", rejection.body_text())),
+    }
+}
+
+fn parse(body: &[u8], batch: Option<bool>) -> Result<Vec<NewEvent>, Failure> {
+    let batch = batch.unwrap_or_else(|| body.trim_ascii_start().starts_with(b"["));
+    if !batch {
+        let event = cloudevents::parse(body, None).map_err(|e| Failure::bad_request(e.to_string()))?;
+        return Ok(vec![event]);
+    }
+    let events = cloudevents::split_batch(body).map_err(|e| Failure::bad_request(e.to_string()))?;
+    let parsed = events.iter().enumerate().map(|(index, raw)| {
+        cloudevents::parse(raw.get().as_bytes(), None).map_err(|e| {
+            let message = format!("event {index} of the batch (counted from 0): {e}; nothing was appended");
+            Failure::bad_request(message).with("index", index)
+        })
+    });
+    parsed.collect()
+}
