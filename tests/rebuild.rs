@@ -131,3 +131,21 @@ fn a_module_that_fails_in_its_first_batch_is_refused_and_the_old_one_goes_on() {
     world.start();
     assert_eq!(world.rows_at("ledger", "left=2")[0]["events"], 3);
 }
+
+#[test]
+fn a_new_version_that_fails_is_refused_and_the_old_one_goes_on() {
+    let world = World::running(&["ledger"]);
+    let position = world.append(&[moved("left", 0, "a", 1)]);
+    world.rows_at("ledger", &position);
+    world.drop_module("ledger", &module("ledger+v2,broken"));
+    let status = world.wait_until("ledger", "the refusal", |p| p["building"]["error"].is_string());
+    assert_eq!((&status["version"], &status["generation"], &status["state"]), (&1.into(), &1.into(), &"live".into()));
+    let error = status["error"].as_str().unwrap();
+    assert!(error.contains("the rebuild failed: event \"left-0\"") && error.contains("module is broken"), "{error}");
+    let position = world.append(&[moved("left", 1, "a", 1)]);
+    assert_eq!(world.rows_at("ledger", &position)[0]["events"], 2);
+    // The right one makes it good.
+    world.drop_module("ledger", &module("ledger+v2"));
+    world.wait_until("ledger", "the second version", |p| p["version"] == 2 && p["building"].is_null());
+    assert_eq!(world.rows_at("ledger", &position)[0]["doubled"], 4);
+}

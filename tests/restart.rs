@@ -116,6 +116,21 @@ fn a_replaced_log_is_refused_with_both_facts() {
 }
 
 #[test]
+fn a_view_file_that_is_gone_is_named_and_rebuilt_on_request() {
+    let (lines, events) = history(10);
+    let mut world = World::running(&["ledger"]);
+    world.append(&lines);
+    world.rows_at("ledger", "left=9");
+    world.stop();
+    std::fs::remove_file(world.data().join("views/ledger/1.sqlite")).unwrap();
+    world.start();
+    let status = world.wait_until("ledger", "the fault", |p| p["state"] == "faulted");
+    assert!(status["error"].as_str().unwrap().contains("views/ledger/1.sqlite"), "{status}");
+    world.ok(&["rebuild", "ledger", "--wait"]);
+    assert_eq!(ledger(&world.rows_at("ledger", "left=9")), fold(&events));
+}
+
+#[test]
 fn a_second_runtime_on_the_same_data_is_refused_by_name() {
     let world = World::running(&[]);
     let output = world.run(&["run", "--plugins", "plugins", "--listen", "127.0.0.1:0"]);

@@ -304,8 +304,8 @@ impl Work {
                 return Ok(Wake::Command(self.runtime.block_on(self.commands.recv())));
             }
             None if !self.ready => {
-                let live = view::Order::open(live)?.checkpoint()?;
-                if step == Step::EndOfRecord || passed(&live) {
+                let reached = || Ok::<_, Leave>(passed(&view::Order::open(live)?.checkpoint()?));
+                if session.foreign || step == Step::EndOfRecord || reached()? {
                     self.ready = true;
                     self.notify(Notice::Ready);
                 }
@@ -607,13 +607,17 @@ impl Session {
     }
 }
 
-/// Takes the order of the live generation, if that is what the job says. Answers true if that generation was built from
-/// another log: its order means nothing then, and a rebuild is what gets the projection going again.
+/// Takes the order of the live generation, if that is what the job says. Answers true if that order is of no use: the
+/// generation was built from another log, or cannot be read. A rebuild is what gets its projection going again then.
 fn follow(job: &Job, merge: &mut Merge) -> Result<bool, Error> {
     let Course::Generation(live) = &job.course else { return Ok(false) };
-    match check_log(job, live, merge, &view::Order::open(live)?.marks()?) {
+    let marks = view::Order::open(live).and_then(|order| order.marks());
+    match marks.map_err(Error::from).and_then(|marks| check_log(job, live, merge, &marks)) {
         Ok(()) => merge.follow(live).map(|()| false),
-        Err(Error::LogReplaced { .. }) => Ok(true),
+        Err(error @ (Error::LogReplaced { .. } | Error::View(_))) => {
+            tracing::warn!(%error, "rebuilding without regard to the live generation");
+            Ok(true)
+        }
         Err(error) => Err(error),
     }
 }

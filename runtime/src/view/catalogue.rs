@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteRow};
 use sqlx::{Row, SqliteConnection};
 
-use super::Error;
+use super::{Error, Generation};
 use crate::config::limits;
 use crate::manifest::Manifest;
 use crate::model::Time;
@@ -154,33 +154,32 @@ impl Catalogue {
         self.data.join("views").join(projection).join(format!("{number}.sqlite"))
     }
 
-    /// Enters a new generation; its file is made by whoever opens it first.
+    /// Makes the file of a new generation and enters it. The file comes first: one without an entry is a stray, but an
+    /// entry without a file could not be told from a view that somebody has removed.
     pub async fn create(&self, role: Role, module: &str, manifest: &Manifest) -> Result<GenerationRecord, Error> {
-        let create = async {
-            let mut tx = self.pool.begin().await?;
-            let sql = "INSERT INTO numbers VALUES (?, 1) ON CONFLICT DO UPDATE SET last = last + 1 RETURNING last";
-            let number: i64 = sqlx::query_scalar(sql).bind(&manifest.projection).fetch_one(&mut *tx).await?;
-            sqlx::query("INSERT INTO generations VALUES (?, ?, ?, ?, ?, ?, ?)")
-                .bind(&manifest.projection)
-                .bind(number)
-                .bind(role.name())
-                .bind(module)
-                .bind(&manifest.json)
-                .bind(Time::now().to_string())
-                .bind((role == Role::Live).then(|| Time::now().to_string()))
-                .execute(&mut *tx)
-                .await?;
-            tx.commit().await?;
-            Ok(number as u64)
-        };
-        let number = create.await.map_err(|e| self.failed(e))?;
+        let sql = "INSERT INTO numbers VALUES (?, 1) ON CONFLICT DO UPDATE SET last = last + 1 RETURNING last";
+        let number = sqlx::query_scalar::<_, i64>(sql).bind(&manifest.projection).fetch_one(&self.pool).await;
+        let number = number.map_err(|e| self.failed(e))?;
+        let file = self.file(&manifest.projection, number as u64);
+        Generation::create(&file, manifest)?;
+        sqlx::query("INSERT INTO generations VALUES (?, ?, ?, ?, ?, ?, ?)")
+            .bind(&manifest.projection)
+            .bind(number)
+            .bind(role.name())
+            .bind(module)
+            .bind(&manifest.json)
+            .bind(Time::now().to_string())
+            .bind((role == Role::Live).then(|| Time::now().to_string()))
+            .execute(&self.pool)
+            .await
+            .map_err(|e| self.failed(e))?;
         Ok(GenerationRecord {
             projection: manifest.projection.clone(),
-            number,
+            number: number as u64,
             role,
             module: module.to_owned(),
             manifest: manifest.clone(),
-            file: self.file(&manifest.projection, number),
+            file,
         })
     }
 

@@ -136,14 +136,32 @@ pub struct Generation {
 }
 
 impl Generation {
-    /// Opens the file for writing, or creates it. Whoever had it open before is behind the fence from now on.
-    pub fn open(path: &Path, manifest: &Manifest) -> Result<Generation, Error> {
+    /// Makes the file with empty views.
+    pub fn create(path: &Path, manifest: &Manifest) -> Result<(), Error> {
         let directory = path.parent().expect("generations are in a directory");
         std::fs::create_dir_all(directory).map_err(|error| Error::File { path: directory.to_owned(), error })?;
+        let create = || {
+            let mut connection = connect(path, OpenFlags::SQLITE_OPEN_CREATE)?;
+            let tx = connection.transaction()?;
+            tx.execute_batch(SCHEMA)?;
+            for statement in manifest.views.iter().flat_map(|view| Table::new(view).ddl()) {
+                tx.execute_batch(&statement)?;
+            }
+            tx.execute("INSERT INTO _shadowbox_generation VALUES (0, '', ?)", [&manifest.json])?;
+            tx.commit()
+        };
+        create().map_err(|error| Error::Sqlite { path: path.to_owned(), error })
+    }
+
+    /// Opens the file for writing. Whoever had it open before is behind the fence from now on. A file that is not there
+    /// is an error: an empty one in its place would pass for a view without rows.
+    pub fn open(path: &Path, manifest: &Manifest) -> Result<Generation, Error> {
         let tables: Arc<[Table]> = manifest.views.iter().map(Table::new).collect();
         let failed = |error| Error::Sqlite { path: path.to_owned(), error };
-        let mut connection = connect(path).map_err(failed)?;
-        let (stored, fence) = prepare(&mut connection, &tables, &manifest.json).map_err(failed)?;
+        let connection = connect(path, OpenFlags::empty()).map_err(failed)?;
+        let sql = "UPDATE _shadowbox_generation SET fence = fence + 1 RETURNING manifest, fence";
+        let (stored, fence): (String, i64) =
+            connection.query_row(sql, [], |r| Ok((r.get(0)?, r.get(1)?))).map_err(failed)?;
         let mismatch = |reason: String| Error::Mismatch { path: path.to_owned(), reason };
         let stored = Manifest::parse(&stored).map_err(|e| mismatch(e.to_string()))?;
         if stored.views != manifest.views {
@@ -359,8 +377,9 @@ fn sort_key(key: &[u8]) -> (&[u8], &[u8]) {
     }
 }
 
-fn connect(path: &Path) -> rusqlite::Result<Connection> {
-    let connection = Connection::open(path)?;
+fn connect(path: &Path, create: OpenFlags) -> rusqlite::Result<Connection> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX | create;
+    let connection = Connection::open_with_flags(path, flags)?;
     connection.busy_timeout(limits::DATABASE_BUSY)?;
     connection.set_prepared_statement_cache_capacity(512);
     connection.pragma_update(None, "journal_mode", "wal")?;
@@ -380,22 +399,6 @@ fn read_only(path: &Path) -> Result<Connection, Error> {
         Ok(connection)
     };
     open().map_err(|error| Error::Sqlite { path: path.to_owned(), error })
-}
-
-fn prepare(connection: &mut Connection, tables: &[Table], manifest: &str) -> rusqlite::Result<(String, i64)> {
-    let tx = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-    let empty: bool = tx.query_row("SELECT count(*) = 0 FROM sqlite_schema", [], |r| r.get(0))?;
-    if empty {
-        tx.execute_batch(SCHEMA)?;
-        for statement in tables.iter().flat_map(Table::ddl) {
-            tx.execute_batch(&statement)?;
-        }
-        tx.execute("INSERT INTO _shadowbox_generation VALUES (0, '', ?)", [manifest])?;
-    }
-    let sql = "UPDATE _shadowbox_generation SET fence = fence + 1 RETURNING manifest, fence";
-    let found = tx.query_row(sql, [], |r| Ok((r.get(0)?, r.get(1)?)))?;
-    tx.commit()?;
-    Ok(found)
 }
 
 fn checkpoint(marks: &[(Arc<str>, Mark)]) -> Checkpoint {
