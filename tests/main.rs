@@ -2,6 +2,7 @@
 
 mod batches;
 mod command_line;
+mod demo;
 mod flights;
 mod folder;
 mod queries;
