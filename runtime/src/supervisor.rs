@@ -505,14 +505,6 @@ fn projection_status(name: String, snapshot: &Snapshot, heads: &Heads) -> Option
         Building::Faulted(_, reason) => Some(reason.clone()),
         _ => None,
     };
-    let at_head = live.progress.borrow().activity == Activity::AtHead;
-    let state = match (&snapshot.state.live, &snapshot.state.building) {
-        (_, Building::Running(_) | Building::Finishing(_)) => ProjectionState::Rebuilding,
-        (Live::Faulted(..), _) => ProjectionState::Faulted,
-        (Live::None | Live::Stopped(_), _) => ProjectionState::Stopped,
-        _ if at_head => ProjectionState::Live,
-        _ => ProjectionState::CatchingUp,
-    };
     let refused = || snapshot.refused.clone();
     let build_failed =
         || build_fault.as_ref().map(|r| format!("the rebuild failed: {r}; the former generation goes on"));
@@ -521,6 +513,15 @@ fn projection_status(name: String, snapshot: &Snapshot, heads: &Heads) -> Option
     if let Some(module) = snapshot.state.live.module() {
         live_status.module_hash.clone_from(&module.hash);
     }
+    // By positions in the first place: what a worker says of itself may be a moment old.
+    let at_head = live_status.lag_events == 0 || live.progress.borrow().activity == Activity::AtHead;
+    let state = match (&snapshot.state.live, &snapshot.state.building) {
+        (_, Building::Running(_) | Building::Finishing(_)) => ProjectionState::Rebuilding,
+        (Live::Faulted(..), _) => ProjectionState::Faulted,
+        (Live::None | Live::Stopped(_), _) => ProjectionState::Stopped,
+        _ if at_head => ProjectionState::Live,
+        _ => ProjectionState::CatchingUp,
+    };
     Some(ProjectionStatus {
         name,
         state,
