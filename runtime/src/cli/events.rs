@@ -42,6 +42,10 @@ const AHEAD: usize = 2;
 impl Append {
     pub(super) fn run(self, common: &Common) -> Result<()> {
         let config = common.config(|_| {})?;
+        // A name that is mistyped should stop everything before it begins.
+        for file in self.files.iter().filter(|file| *file != Path::new("-")) {
+            File::open(file).with_context(|| format!("cannot open {}", file.display()))?;
+        }
         let log = EventLog::open(&config.data)?;
         let imported = import(&log, &self.files, self.source.as_deref());
         // What was appended before an error is told, too: it is kept.
