@@ -136,6 +136,15 @@ impl Building {
 }
 
 impl State {
+    /// True if a module may have to be started again in this state.
+    pub fn uses(&self, hash: &str) -> bool {
+        let previous = match &self.live {
+            Live::Proving { previous, .. } => Some(previous),
+            _ => None,
+        };
+        [self.live.module(), self.building.module(), previous].into_iter().flatten().any(|m| m.hash == hash)
+    }
+
     /// Changes to the next state and answers what has to be done, in order.
     ///
     /// # Panics

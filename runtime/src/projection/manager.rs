@@ -304,6 +304,8 @@ impl Running {
                 }
             }
         }
+        // Compiled code is large; what is needed after all is loaded from where it is stored.
+        self.modules.retain(|hash, _| self.state.uses(hash));
     }
 
     /// The catalogue or the disk refused in the middle: everything stands still where the catalogue has it.

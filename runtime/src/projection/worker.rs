@@ -113,6 +113,7 @@ impl Worker {
                     finishing: None,
                     ready: false,
                     proved: false,
+                    stopping: false,
                 };
                 if let Some(reason) = work.run() {
                     tracing::error!(%reason, "the projection is faulted");
@@ -168,6 +169,8 @@ struct Work {
     /// Whether the manager has been told that this is as far as the live generation.
     ready: bool,
     proved: bool,
+    /// `Stop` has come: whatever happens now, do not begin again.
+    stopping: bool,
 }
 
 /// How often a builder that has come as far as the live generation looks whether that has gone on.
@@ -189,6 +192,11 @@ impl Work {
             // Progress resets the budget: only a host that does not recover uses it up.
             if *before != **self.job.checkpoint.borrow() {
                 retries = 0;
+            }
+            if self.stopping {
+                // What was not committed is applied again after the next start.
+                tracing::warn!(%error, "stopped without the last commit");
+                return None;
             }
             let wait = limits::RETRY_FIRST * 2_u32.pow(retries);
             retries += 1;
@@ -262,7 +270,10 @@ impl Work {
     /// False: stop.
     fn obey(&mut self, command: Option<Command>) -> bool {
         match command {
-            None | Some(Command::Stop) => return false,
+            None | Some(Command::Stop) => {
+                self.stopping = true;
+                return false;
+            }
             Some(Command::Finish(target)) => self.finishing = Some(target),
             Some(Command::Lead) => {
                 self.job.course = Course::Log;
