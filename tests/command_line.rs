@@ -134,7 +134,9 @@ fn queries_join_projections_and_only_read() {
     world.wait_until("orders-across-services", "the sample", |p| {
         p["lag_events"] == 0 && p["sources"].as_array().unwrap().iter().all(|s| s["checkpoint"].is_u64())
     });
-    let sql = "select count(*) as n from orders o left join order_summary s on s.order_id = o.order_id";
+    world.wait_live("order-summary");
+    let sql = "select count(*) as n from orders o join order_summary s on s.order_id = o.order_id
+               where o.total_cents = s.total_cents and o.customer is not null";
     let rows: Value = serde_json::from_str(&world.ok(&["query", "--format", "json", sql])).unwrap();
     assert!(rows[0]["n"].as_i64().unwrap() > 0, "{rows}");
     assert!(world.ok(&["query", sql]).contains('n'));

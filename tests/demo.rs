@@ -11,7 +11,7 @@ fn the_demo_shows_two_views_and_serves_until_it_is_stopped() {
     module("flight-board");
     let world = World::new();
     let mut demo = world.command(&["demo", "--data", "demo", "--listen", "127.0.0.1:0"]);
-    let mut child = demo.stdout(Stdio::piped()).stderr(Stdio::null()).stdin(Stdio::null()).spawn().unwrap();
+    let mut child = demo.stdout(Stdio::piped()).stdin(Stdio::null()).spawn().unwrap();
     let mut shown = String::new();
     for line in BufReader::new(child.stdout.take().unwrap()).lines() {
         shown += &line.unwrap();
@@ -21,7 +21,7 @@ fn the_demo_shows_two_views_and_serves_until_it_is_stopped() {
         }
     }
     for part in [
-        "appended 42",
+        "appended 426",
         "United Air Lines Inc.",
         "\nflight_board\n",
         "curl 'http://127.0.0.1:",
@@ -30,11 +30,15 @@ fn the_demo_shows_two_views_and_serves_until_it_is_stopped() {
     ] {
         assert!(shown.contains(part), "{part:?}\n{shown}");
     }
+    assert!(!shown.contains("fault"), "{shown}");
     // The lines to try work as they are printed.
     let tries = shown.split_once("; try:\n").unwrap().1.split("\nctrl-c").next().unwrap();
     let output = std::process::Command::new("bash").args(["-euc", tries]).output().unwrap();
     let answers = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{tries}\n{}", String::from_utf8_lossy(&output.stderr));
+    let url = tries.split("curl '").nth(1).unwrap().split("/views").next().unwrap();
+    let projections = ureq::get(format!("{url}/projections")).call().unwrap().body_mut().read_to_string().unwrap();
+    assert!(projections.matches("\"error\":null").count() >= 4 && !projections.contains("faulted"), "{projections}");
     for part in ["\"dep_delay\":", "Shadowbox Air", "\"generation\":2"] {
         assert!(answers.contains(part), "{part:?}\n{answers}");
     }

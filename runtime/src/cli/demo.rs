@@ -122,8 +122,8 @@ async fn show(config: &Config, server: &Server) -> Result<()> {
     let tables = [
         "select carrier, name, scheduled, departed, cancelled, dep_delay_sum from carrier_performance
          order by scheduled desc limit 5",
-        "select flight_id, airline, aircraft, dest, status, dep_delay, wind_speed, visibility from flight_board
-         order by departs_at limit 5",
+        "select carrier || ' ' || flight as flight, airline, aircraft, dest, status, dep_delay,
+         round(wind_speed, 1) as wind, visibility from flight_board order by departs_at limit 5",
     ];
     for (view, sql) in ["carrier_performance", "flight_board"].into_iter().zip(tables) {
         say!("\n{view}");
