@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde_json::Value;
 
-use crate::support::{World, module, moved};
+use crate::support::{World, event, module, moved};
 
 /// Events of two services that come alternately in runs of varying length, so that the order matters.
 fn interleaved(n: i64) -> Vec<String> {
@@ -148,4 +148,39 @@ fn a_new_version_that_fails_is_refused_and_the_old_one_goes_on() {
     world.drop_module("ledger", &module("ledger+v2"));
     world.wait_until("ledger", "the second version", |p| p["version"] == 2 && p["building"].is_null());
     assert_eq!(world.rows_at("ledger", &position)[0]["doubled"], 4);
+}
+
+#[test]
+fn a_refused_module_leaves_no_rows_behind() {
+    let world = World::running(&["ledger"]);
+    let position = world.append(&[moved("left", 0, "a", 1)]);
+    world.rows_at("ledger", &position);
+    std::fs::remove_file(world.plugins().join("ledger.wasm")).unwrap();
+    world.wait_until("ledger", "the stop", |p| p["state"] == "stopped");
+    let mut lines: Vec<_> = (1..300).map(|n| moved("left", n, &format!("a{n}"), 1)).collect();
+    lines.push(event("left", "Panics", "bad", 300, serde_json::json!({})));
+    world.append(&lines);
+    // Its first batch has good events and a bad one: it is refused as a whole, and the former module takes the good ones.
+    world.drop_module("ledger", &module("ledger+tweaked"));
+    let status = world.wait_until("ledger", "the former module's own fault", |p| p["state"] == "faulted");
+    assert!(status["error"].as_str().unwrap().contains("event \"bad\""), "{status}");
+    assert!(world.log().contains("refused; the former module goes on"));
+    let rows = world.rows_at("ledger", "left=299");
+    assert_eq!(rows.len(), 300);
+    assert!(rows.iter().all(|row| row["code"] == 1), "rows of a refused module");
+}
+
+#[test]
+fn a_rebuild_that_cannot_begin_leaves_the_live_generation_alone() {
+    let world = World::running(&["ledger"]);
+    let position = world.append(&[moved("left", 0, "a", 1)]);
+    world.rows_at("ledger", &position);
+    std::fs::create_dir(world.data().join("views/ledger/2.sqlite")).unwrap();
+    let answer = world.post("/projections/ledger/rebuild", "application/json", "");
+    assert!(answer.status == 409 && answer.body.contains("2.sqlite"), "{}", answer.body);
+    let position = world.append(&[moved("left", 1, "a", 1)]);
+    assert_eq!(world.rows_at("ledger", &position)[0]["events"], 2);
+    // The next number is free, and a promotion ends the matter.
+    world.ok(&["rebuild", "ledger", "--wait"]);
+    assert!(world.wait_live("ledger")["error"].is_null());
 }

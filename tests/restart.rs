@@ -131,6 +131,56 @@ fn a_view_file_that_is_gone_is_named_and_rebuilt_on_request() {
 }
 
 #[test]
+fn a_view_file_that_is_removed_under_a_running_runtime_is_noticed() {
+    let (lines, events) = history(20);
+    let world = World::running(&["ledger"]);
+    world.append(&lines[..10]);
+    world.rows_at("ledger", "left=9");
+    std::fs::remove_file(world.data().join("views/ledger/1.sqlite")).unwrap();
+    world.append(&lines[10..]);
+    let status = world.wait_until("ledger", "the fault", |p| p["state"] == "faulted");
+    assert!(status["error"].as_str().unwrap().contains("was removed or replaced"), "{status}");
+    assert_eq!(world.get("/readyz").status, 503);
+    world.ok(&["rebuild", "ledger", "--wait"]);
+    assert_eq!(ledger(&world.rows_at("ledger", "left=19")), fold(&events));
+}
+
+#[test]
+fn a_projection_that_cannot_be_entered_is_shown_and_can_be_mended() {
+    let world = World::running(&[]);
+    // Where its directory should be is a file.
+    std::fs::create_dir_all(world.data().join("views")).unwrap();
+    std::fs::write(world.data().join("views/ledger"), "").unwrap();
+    world.drop_module("ledger", &module("ledger"));
+    wait_for("the error", || world.ok(&["status"]).contains("views/ledger").then_some(()));
+    std::fs::remove_file(world.plugins().join("ledger.wasm")).unwrap();
+    wait_for("the removal", || world.log().contains("the module is gone").then_some(()));
+    std::fs::remove_file(world.data().join("views/ledger")).unwrap();
+    world.drop_module("ledger", &module("ledger"));
+    world.wait_live("ledger");
+    assert_eq!(world.get("/status").json()["refused"], Value::Array(vec![]));
+}
+
+#[test]
+fn a_missing_catalogue_does_not_take_the_views_with_it() {
+    let (lines, events) = history(10);
+    let mut world = World::running(&["ledger"]);
+    world.append(&lines);
+    world.rows_at("ledger", "left=9");
+    world.stop();
+    let (catalogue, aside) = (world.data().join("catalogue.sqlite"), world.data().join("aside"));
+    let left = |file: &str| std::fs::metadata(world.data().join(file)).map_or(0, |m| m.len());
+    assert_eq!((left("log.sqlite-wal"), left("views/ledger/1.sqlite-wal")), (0, 0), "a clean stop leaves whole files");
+    std::fs::rename(&catalogue, &aside).unwrap();
+    let output = world.run(&["run", "--plugins", "plugins", "--listen", "127.0.0.1:0"]);
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.code() == Some(1) && error.contains("is missing, but there are generations"), "{error}");
+    std::fs::rename(aside, catalogue).unwrap();
+    world.start();
+    assert_eq!(ledger(&world.rows_at("ledger", "left=9")), fold(&events));
+}
+
+#[test]
 fn a_second_runtime_on_the_same_data_is_refused_by_name() {
     let world = World::running(&[]);
     let output = world.run(&["run", "--plugins", "plugins", "--listen", "127.0.0.1:0"]);

@@ -227,11 +227,17 @@ impl Runtime {
     pub fn status(&self) -> Status {
         let heads = self.inner.shared.log.heads_now();
         let snapshots = self.inner.shared.snapshots.read().expect("no panics while it is held").clone();
+        let mut refused = self.inner.refused.read().expect("no panics while it is held").clone();
+        // A projection whose first generation could not be entered is not one yet, but must not be silent either.
+        let failed = snapshots.iter().filter(|(_, s)| s.live.is_none());
+        refused.extend(failed.filter_map(|(name, s)| {
+            Some(Refused { file: s.file.clone().unwrap_or_else(|| name.clone()), reason: s.refused.clone()? })
+        }));
         let projections = snapshots.into_iter().filter_map(|(name, s)| projection_status(name, &s, &heads));
         Status {
             projections: projections.collect(),
             sources: heads.iter().map(|(s, h)| SourceHead { source: s.to_string(), head: h.position }).collect(),
-            refused: self.inner.refused.read().expect("no panics while it is held").clone(),
+            refused,
         }
     }
 
@@ -261,6 +267,8 @@ impl Runtime {
         let managers: Vec<_> =
             self.inner.managers.lock().expect("no panics while it is held").values().cloned().collect();
         futures_util::future::join_all(managers.iter().map(Manager::stop)).await;
+        self.inner.shared.catalogue.close().await;
+        self.inner.shared.log.tidy();
     }
 }
 

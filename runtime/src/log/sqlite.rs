@@ -99,6 +99,13 @@ impl EventLog {
         Ok(appended)
     }
 
+    /// Moves everything that is in the write-ahead log into the file itself, so that the file alone is all of the log.
+    /// Readers may be in the way; then some of it stays where it is, which is no loss.
+    pub fn tidy(&self) {
+        let writer = self.inner.writer.lock().expect("a panic would have ended the process");
+        let _ = writer.execute_batch("PRAGMA wal_checkpoint(TRUNCATE)");
+    }
+
     /// Follows the heads. Appends of this process show at once, those of others after [`limits::LOG_POLL`].
     pub fn heads(&self) -> watch::Receiver<Arc<Heads>> {
         self.inner.poller.get_or_init(|| {

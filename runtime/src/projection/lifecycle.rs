@@ -217,9 +217,13 @@ impl State {
         if builds_wanted && (wanted == current || !wanted.continues(&current)) {
             // It is on its way already; after a restart it goes on, and the live one with what it had.
             self.resume_live(actions);
-            if let Building::Stopped(module) | Building::Faulted(module, _) = self.building.clone() {
-                actions.push(Action::StartBuilding(module.clone()));
-                self.building = Building::Running(module);
+            match self.building.clone() {
+                Building::Stopped(module) => {
+                    actions.push(Action::StartBuilding(module.clone()));
+                    self.building = Building::Running(module);
+                }
+                Building::Faulted(module, _) => self.build(module, actions),
+                Building::None | Building::Running(_) | Building::Finishing(_) => {}
             }
             return;
         }

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::path::PathBuf;
-use std::sync::{Arc, RwLock};
+use std::sync::{Arc, PoisonError, RwLock};
 
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -118,7 +118,21 @@ impl Manager {
             shared,
         };
         running.publish();
-        tokio::spawn(running.run(inbox, from_workers));
+        let (name, shared) = (running.name.clone(), running.shared.clone());
+        let running = tokio::spawn(running.run(inbox, from_workers));
+        tokio::spawn(async move {
+            if running.await.is_err_and(|ended| ended.is_panic()) {
+                // The panic itself is in the log. A projection that nobody manages must not look healthy.
+                let mut snapshots = shared.snapshots.write().unwrap_or_else(PoisonError::into_inner);
+                if let Some(snapshot) = snapshots.get_mut(&name) {
+                    let reason = "a bug in shadowbox has stopped it; report it with the log, and restart";
+                    snapshot.refused = Some(reason.to_owned());
+                    if let Some(module) = snapshot.state.live.module().cloned() {
+                        snapshot.state.live = Live::Faulted(module, reason.to_owned());
+                    }
+                }
+            }
+        });
         Manager { messages }
     }
 
@@ -265,10 +279,14 @@ impl Running {
                 self.name
             ));
         }
+        if self.live.is_none() {
+            return Err(format!("projection {:?} has no generation yet; see its error in the status", self.name));
+        }
         self.happened(Input::Rebuild).await;
-        match &self.building {
-            Some(building) => Ok(building.record.number),
-            None => Err(format!("projection {:?} could not begin a rebuild; see its error in the status", self.name)),
+        match (&self.building, &self.state.building) {
+            (_, Building::Faulted(_, reason)) => Err(format!("the rebuild cannot begin: {reason}")),
+            (Some(building), _) => Ok(building.record.number),
+            (None, _) => Err(format!("projection {:?} could not begin a rebuild", self.name)),
         }
     }
 
@@ -294,9 +312,16 @@ impl Running {
             for action in self.state.next(input) {
                 tracing::debug!(projection = self.name, ?action, "doing");
                 let live = matches!(action, Action::StartLive(_));
+                let build = matches!(action, Action::CreateBuilding(_) | Action::StartBuilding(_));
                 match self.perform(action).await {
                     Ok(()) => {}
                     Err(error) if live => inputs.push_back(Input::LiveFaulted(error.to_string())),
+                    Err(error) if build => {
+                        tracing::error!(projection = self.name, %error, "cannot rebuild; the live generation goes on");
+                        inputs.push_back(Input::BuildFaulted(error.to_string()));
+                        // Nothing but the rest of this build comes after it.
+                        break;
+                    }
                     Err(error) => {
                         self.give_up(error).await;
                         return;
@@ -312,14 +337,18 @@ impl Running {
     async fn give_up(&mut self, error: Error) {
         tracing::error!(projection = self.name, %error, "the projection is faulted");
         self.stop_all().await;
-        if let Some(live) = &self.live {
-            self.state.live = Live::Faulted(live.id(), error.to_string());
-        }
+        self.state.live = match &self.live {
+            Some(live) => Live::Faulted(live.id(), error.to_string()),
+            // There is nothing to be faulted; the next look at the module begins anew.
+            None => {
+                self.refused = Some(error.to_string());
+                Live::None
+            }
+        };
         self.state.building = match &self.building {
             Some(building) => Building::Faulted(building.id(), error.to_string()),
             None => Building::None,
         };
-        self.refused = Some(error.to_string());
     }
 
     async fn perform(&mut self, action: Action) -> Result<(), Error> {
@@ -339,7 +368,10 @@ impl Running {
                 let live = self.live.as_mut().expect("it runs");
                 live.record.module = id.hash;
                 live.record.manifest = manifest;
-                self.shared.catalogue.set_module(&live.record).await?;
+                if let Err(error) = self.shared.catalogue.set_module(&live.record).await {
+                    // After a restart it has to prove itself once more, and that is all.
+                    tracing::warn!(projection = self.name, %error, "cannot note the new module");
+                }
             }
             Action::CreateBuilding(id) => {
                 let module = self.module(&id).await?;
@@ -348,14 +380,24 @@ impl Running {
                 self.building = Some(Slot::new(record));
             }
             Action::StartBuilding(id) => {
+                if self.building.is_none() {
+                    // It could not be entered before.
+                    let module = self.module(&id).await?;
+                    let record = self.shared.catalogue.create(Role::Building, &id.hash, &module.manifest).await?;
+                    self.building = Some(Slot::new(record));
+                }
                 let live = self.live.as_ref().expect("there is a live one before one is built").record.file.clone();
                 self.follow(Role::Building, &id, Course::Generation(live)).await?;
             }
-            Action::StopBuilding => self.building.as_mut().expect("it runs").stop().await,
+            Action::StopBuilding => {
+                if let Some(building) = &mut self.building {
+                    building.stop().await;
+                }
+            }
             Action::DropBuilding => {
                 if let Some(mut building) = self.building.take() {
                     building.stop().await;
-                    self.shared.catalogue.remove(&self.name, building.record.number).await?;
+                    self.remove(building.record.number).await;
                 }
             }
             Action::Finish => {
@@ -384,12 +426,20 @@ impl Running {
         let live = self.live.as_ref().expect("just put there");
         live.worker.as_ref().expect("it has passed").tell(Command::Lead);
         tracing::info!(projection = self.name, generation = number, "promoted");
+        self.refused = None;
         self.former.push(former.record.number);
         while self.former.len() > self.shared.config.keep_generations {
-            self.shared.catalogue.remove(&self.name, self.former[0]).await?;
-            self.former.remove(0);
+            let oldest = self.former.remove(0);
+            self.remove(oldest).await;
         }
         Ok(())
+    }
+
+    /// Removes a generation that nobody needs. What is left of it after an error costs only space.
+    async fn remove(&self, number: u64) {
+        if let Err(error) = self.shared.catalogue.remove(&self.name, number).await {
+            tracing::warn!(projection = self.name, generation = number, %error, "cannot remove a generation");
+        }
     }
 
     /// Starts a worker for a generation.
@@ -408,6 +458,7 @@ impl Running {
             checkpoint: slot.checkpoint.clone(),
             notices: self.notices.clone(),
             id: self.workers,
+            proving: role == Role::Live && matches!(self.state.live, Live::Proving { .. }),
         }));
         Ok(())
     }

@@ -107,7 +107,9 @@ impl Merge {
 
     /// Goes by time from now on.
     pub(super) fn lead(&mut self) {
-        self.guide = None;
+        if self.guide.take().is_some() {
+            self.refresh();
+        }
     }
 
     /// The log has moved: look again.
@@ -147,8 +149,14 @@ impl Merge {
             for i in 0..self.cursors.len() {
                 if !self.cursors[i].has_event() && !self.cursors[i].exhausted {
                     // What comes next in this source is not known yet, so nothing of the others may be taken.
-                    moved |= self.fill(i, limits, runs)?;
-                    let cursor = &self.cursors[i];
+                    self.fill(i, limits)?;
+                    let cursor = &mut self.cursors[i];
+                    let before = cursor.done;
+                    cursor.settle();
+                    if cursor.done > before {
+                        moved = true;
+                        record(runs, i, cursor);
+                    }
                     if !cursor.has_event() && !cursor.exhausted {
                         return Ok(Step::More);
                     }
@@ -179,7 +187,7 @@ impl Merge {
     }
 
     fn follow_record(&mut self, limits: &BatchLimits, batch: &mut Columns, runs: &mut Vec<Run>) -> Result<Step, Error> {
-        loop {
+        for _ in 0..SCAN {
             if is_full(batch, limits) {
                 return Ok(Step::More);
             }
@@ -189,7 +197,7 @@ impl Merge {
             let i = usize::from(run.source);
             if !self.cursors[i].has_event() && self.cursors[i].reader.scanned().map(|(p, _)| p) < Some(run.to) {
                 self.cursors[i].exhausted = false;
-                self.fill(i, limits, &mut Vec::new())?;
+                self.fill(i, limits)?;
                 let cursor = &self.cursors[i];
                 if cursor.exhausted && cursor.reader.scanned().map(|(p, _)| p) < Some(run.to) {
                     let source_name = self.sources[i].to_string();
@@ -211,6 +219,8 @@ impl Merge {
             }
             record(runs, i, cursor);
         }
+        // However many runs there were without a wanted event, a command does not wait longer than this.
+        Ok(Step::More)
     }
 
     /// The run to go on with: not finished yet, and still at the front of the queue.
@@ -239,20 +249,14 @@ impl Merge {
         }
     }
 
-    /// Reads on in one source; true if events were passed over.
-    fn fill(&mut self, i: usize, limits: &BatchLimits, runs: &mut Vec<Run>) -> Result<bool, Error> {
+    /// Reads on in one source of which everything is taken.
+    fn fill(&mut self, i: usize, limits: &BatchLimits) -> Result<(), Error> {
         let cursor = &mut self.cursors[i];
         cursor.ahead.clear();
         cursor.next = 0;
         let read = ReadLimits { events: limits.events, bytes: limits.bytes, scan: SCAN };
         cursor.exhausted = self.reader.read(&mut cursor.reader, read, &mut cursor.ahead)?;
-        let before = cursor.done;
-        cursor.settle();
-        let moved = cursor.done > before;
-        if moved {
-            record(runs, i, cursor);
-        }
-        Ok(moved)
+        Ok(())
     }
 }
 

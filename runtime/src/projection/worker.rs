@@ -35,6 +35,9 @@ pub(super) struct Job {
     pub(super) notices: mpsc::UnboundedSender<(u64, Notice)>,
     /// Sent along with every notice, so that late ones of a stopped worker are recognised.
     pub(super) id: u64,
+    /// Whether there is a former module to go back to. Then nothing of this one is committed before a batch of it has
+    /// succeeded, and a failure before that is the module's, whichever event it was.
+    pub(super) proving: bool,
 }
 
 /// What the manager hears from a worker.
@@ -115,7 +118,10 @@ impl Worker {
                     proved: false,
                     stopping: false,
                 };
-                if let Some(reason) = work.run() {
+                let run = std::panic::AssertUnwindSafe(|| work.run());
+                let ended = std::panic::catch_unwind(run)
+                    .unwrap_or_else(|_| Some("a bug in shadowbox; report it with the log, and restart".to_owned()));
+                if let Some(reason) = ended {
                     tracing::error!(%reason, "the projection is faulted");
                     // The manager is gone only when everything stops.
                     let _ = notices.send((id, Notice::Faulted(reason)));
@@ -245,6 +251,10 @@ impl Work {
         }
         let step = session.step(&self.job)?;
         let at_rest = step != Step::More;
+        if session.suspect > 0 {
+            // Commits were made on the way to the bad event.
+            self.report(session, false);
+        }
         let due = session.should_commit(&self.job.limits) || (at_rest && session.has_uncommitted());
         if due || session.is_committing() {
             self.commit(session, due, at_rest)?;
@@ -296,6 +306,7 @@ impl Work {
         self.report(session, wait);
         if had_applied && !self.proved {
             self.proved = true;
+            self.job.proving = false;
             self.notify(Notice::Proved);
         }
         Ok(())
@@ -552,6 +563,9 @@ impl Session {
             Failure::Refused { event, .. } => Some(event as usize).filter(|&i| i < events),
             _ => None,
         };
+        if job.proving {
+            return Err(self.describe_event(first_bad.unwrap_or(0), &failure));
+        }
         // Before the commit, which needs the merge as it was when the pending changes were made.
         let culprit = (events == 1 || first_bad == Some(0)).then(|| self.describe_event(0, &failure));
         self.end_commit(true)?;

@@ -89,6 +89,12 @@ pub struct Catalogue {
 impl Catalogue {
     /// Opens the catalogue for the runtime, which is its one writer; creates it if it is not there.
     pub async fn open(data: &Path) -> Result<Catalogue, Error> {
+        let (file, views) = (data.join(FILE), data.join("views"));
+        let generations = || entries(&views).any(|projection| entries(&projection).any(|file| is_database(&file)));
+        if !file.exists() && generations() {
+            // A new one would take them all for strays.
+            return Err(Error::NoCatalogue { catalogue: file, views });
+        }
         let catalogue = Catalogue::connect(data, SqliteConnectOptions::new().create_if_missing(true)).await?;
         sqlx::raw_sql(SCHEMA).execute(&catalogue.pool).await.map_err(|e| catalogue.failed(e))?;
         Ok(catalogue)
@@ -162,6 +168,12 @@ impl Catalogue {
         let number = number.map_err(|e| self.failed(e))?;
         let file = self.file(&manifest.projection, number as u64);
         Generation::create(&file, manifest)?;
+        if role == Role::Building {
+            // One that could not be removed when it was given up would be in the way; its file is a stray from now on.
+            let sql = "DELETE FROM generations WHERE projection = ? AND role = 'building'";
+            let deleted = sqlx::query(sql).bind(&manifest.projection).execute(&self.pool).await;
+            deleted.map_err(|e| self.failed(e))?;
+        }
         sqlx::query("INSERT INTO generations VALUES (?, ?, ?, ?, ?, ?, ?)")
             .bind(&manifest.projection)
             .bind(number)
@@ -235,14 +247,17 @@ impl Catalogue {
     pub async fn remove_strays(&self) -> Result<(), Error> {
         let known: Vec<PathBuf> =
             self.projections().await?.into_iter().flat_map(|p| p.generations).map(|g| g.file).collect();
-        let entries = |path: &Path| std::fs::read_dir(path).into_iter().flatten().flatten().map(|e| e.path());
-        for file in entries(&self.data.join("views")).flat_map(|projection| entries(&projection).collect::<Vec<_>>()) {
-            let ours = file.extension().is_some_and(|e| e == "sqlite");
-            if ours && !known.contains(&file) {
+        for file in entries(&self.data.join("views")).flat_map(|projection| entries(&projection)) {
+            if is_database(&file) && !known.contains(&file) {
                 remove_database(&file)?;
             }
         }
         Ok(())
+    }
+
+    /// Closes the database, so that the file alone is all of it.
+    pub async fn close(&self) {
+        self.pool.close().await;
     }
 
     fn failed(&self, error: sqlx::Error) -> Error {
@@ -251,6 +266,15 @@ impl Catalogue {
 }
 
 const FILE: &str = "catalogue.sqlite";
+
+/// What is in a directory; nothing, if it cannot be read.
+fn entries(path: &Path) -> impl Iterator<Item = PathBuf> + use<> {
+    std::fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path())
+}
+
+fn is_database(file: &Path) -> bool {
+    file.extension().is_some_and(|extension| extension == "sqlite")
+}
 
 fn remove_database(file: &Path) -> Result<(), Error> {
     for suffix in ["", "-wal", "-shm"] {

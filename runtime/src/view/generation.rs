@@ -129,6 +129,8 @@ pub struct Commit {
 /// A generation's file, opened by its one writer.
 pub struct Generation {
     path: PathBuf,
+    /// Device and inode of the file.
+    identity: (u64, u64),
     connection: Connection,
     tables: Arc<[Table]>,
     fence: i64,
@@ -168,7 +170,8 @@ impl Generation {
             return Err(mismatch("the columns, keys or indexes differ".into()));
         }
         let marks = read_marks(&connection).map_err(failed)?;
-        Ok(Generation { path: path.to_owned(), connection, tables, fence, marks })
+        let identity = identity(path).ok_or_else(|| Error::Removed { path: path.to_owned() })?;
+        Ok(Generation { path: path.to_owned(), identity, connection, tables, fence, marks })
     }
 
     /// The views' tables.
@@ -201,6 +204,9 @@ impl Generation {
     /// After an error nobody knows whether the transaction happened. It must not be tried again: open the generation
     /// anew and go on from the checkpoint that is found there.
     pub fn commit(&mut self, commit: &Commit) -> Result<(), Error> {
+        if identity(&self.path) != Some(self.identity) {
+            return Err(Error::Removed { path: self.path.clone() });
+        }
         let found = self.try_commit(commit).map_err(|error| self.failed(error))?;
         if let Some(found) = found {
             return Err(Error::Fenced { path: self.path.clone(), expected: self.checkpoint(), found });
@@ -316,9 +322,11 @@ impl Committer {
                 // Rows are freed here, beside the applying; the result must find them gone.
                 drop(commit);
                 if done.send(result).is_err() {
-                    return;
+                    break;
                 }
             }
+            // So that the file alone is the whole view, for whoever copies it. Readers may be in the way.
+            let _ = generation.connection.execute_batch("PRAGMA wal_checkpoint(TRUNCATE)");
         };
         let thread =
             std::thread::Builder::new().name("commit".into()).spawn(commit_all).expect("a thread can be started");
@@ -375,6 +383,11 @@ fn sort_key(key: &[u8]) -> (&[u8], &[u8]) {
         Ok(length) => rest.split_at(length as usize),
         Err(_) => (&[], key),
     }
+}
+
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    use std::os::unix::fs::MetadataExt;
+    std::fs::metadata(path).ok().map(|m| (m.dev(), m.ino()))
 }
 
 fn connect(path: &Path, create: OpenFlags) -> rusqlite::Result<Connection> {

@@ -47,6 +47,23 @@ pub enum Error {
         /// What the system said.
         error: std::io::Error,
     },
+    /// The file is not where it was opened: what is committed to it, nobody would see.
+    #[error("the view file {path:?} was removed or replaced while it was written; rebuild the projection")]
+    Removed {
+        /// The generation's file.
+        path: PathBuf,
+    },
+    /// The catalogue is gone, but not what it is about.
+    #[error(
+        "the catalogue {catalogue:?} is missing, but there are generations in {views:?}; restore it, or remove that \
+         directory, and all views are built anew"
+    )]
+    NoCatalogue {
+        /// Where it should be.
+        catalogue: PathBuf,
+        /// Where generations are.
+        views: PathBuf,
+    },
     /// Somebody else committed to this generation in between: this writer is behind the fence and must stop.
     #[error("another writer has taken over {path:?}: its checkpoint is {found}, this writer expected {expected}")]
     Fenced {
