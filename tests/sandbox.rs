@@ -48,7 +48,7 @@ fn an_endless_loop() {
 }
 
 #[test]
-fn a_sleep() {
+fn a_plugin_that_waits() {
     check("Sleeps", "", "cannot wait");
 }
 

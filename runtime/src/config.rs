@@ -25,7 +25,7 @@ pub mod limits {
     pub const ROW_BYTES: usize = 1 << 20;
     /// What one `apply` may return, bytes. Must be well below the guest's memory.
     pub const CHANGES_BYTES: usize = 64 << 20;
-    /// A module file, bytes. The examples have about 200 KB.
+    /// A module file, bytes. The examples have less than half a megabyte.
     pub const MODULE_BYTES: u64 = 64 << 20;
     /// An event's payload and metadata together, bytes; NATS and Kafka have 1 MiB by default.
     pub const EVENT_BYTES: usize = 1 << 20;
@@ -39,7 +39,7 @@ pub mod limits {
     /// How often the watched folder is read even if no notification came: file systems without notifications, and
     /// symlinks whose targets change elsewhere.
     pub const FOLDER_RESCAN: Duration = Duration::from_secs(1);
-    /// How often the log is looked at for events that another process appended. The look costs 2 us.
+    /// How often the log is looked at for events that another process appended. The look reads one number.
     pub const LOG_POLL: Duration = Duration::from_millis(5);
     /// How long a writer waits for another process's lock on a database.
     pub const DATABASE_BUSY: Duration = Duration::from_secs(10);

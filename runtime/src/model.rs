@@ -59,7 +59,7 @@ impl Time {
             }
             out.push(end);
         };
-        // By hand: `write!` takes five times as long, and commits do this for every row.
+        // By hand instead of `write!`: commits do this for every row.
         digits(t.year().max(0).into(), 4, '-');
         digits(t.month().into(), 2, '-');
         digits(t.day().into(), 2, 'T');

@@ -45,6 +45,19 @@ pub enum Error {
         /// What the plugin said, or how it failed.
         reason: String,
     },
+    /// A module that was to take over failed before a batch of it was committed. Which of the events it was is not
+    /// looked for: nothing of the module is kept.
+    #[error("its first batch failed, {events} events from position {position} of source {source_name:?} on: {reason}")]
+    FirstBatch {
+        /// How many events were in the batch.
+        events: usize,
+        /// The first event's source.
+        source_name: String,
+        /// The first event's position.
+        position: Position,
+        /// What the plugin said, or how it failed.
+        reason: String,
+    },
     /// The log does not have the events that the view was built from.
     #[error(
         "the log is not the one that {file:?} was built from: the view is complete to position {position} of source \

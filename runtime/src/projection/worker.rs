@@ -380,6 +380,7 @@ impl Work {
 fn is_transient(error: &Error) -> bool {
     match error {
         Error::Log(_) | Error::Host(_) | Error::View(view::Error::Sqlite { .. } | view::Error::File { .. }) => true,
+        Error::FirstBatch { .. } => false,
         Error::View(_) | Error::Plugin(_) | Error::Event { .. } | Error::LogReplaced { .. } | Error::Record { .. } => {
             false
         }
@@ -564,7 +565,15 @@ impl Session {
             _ => None,
         };
         if job.proving {
-            return Err(self.describe_event(first_bad.unwrap_or(0), &failure));
+            return Err(match first_bad {
+                Some(i) => self.describe_event(i, &failure),
+                None => Error::FirstBatch {
+                    events,
+                    source_name: self.merge.sources[usize::from(self.batch.source(0))].to_string(),
+                    position: self.batch.position(0),
+                    reason: failure.to_string(),
+                },
+            });
         }
         // Before the commit, which needs the merge as it was when the pending changes were made.
         let culprit = (events == 1 || first_bad == Some(0)).then(|| self.describe_event(0, &failure));

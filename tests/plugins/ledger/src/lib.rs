@@ -124,6 +124,7 @@ fn apply(event: Event<Fact>, views: &mut Views) -> Result<()> {
             }
             Ok(())
         }
+        // The sandbox ends it at once, so nobody waits for it.
         Fact::Sleeps => {
             std::thread::sleep(std::time::Duration::from_secs(3_600));
             Ok(())
