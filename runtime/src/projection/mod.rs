@@ -1,12 +1,13 @@
 //! Projections: where plugins, views and the log meet.
 //!
 //! [`Manager`] runs one projection. It keeps a [`lifecycle`] (a pure state machine that says what to do), and a worker
-//! (`worker.rs`) for each generation that is being followed: the loop read, apply, commit. A worker reads through a merge
-//! (`merge.rs`), which puts the events of several sources into one order.
+//! (`worker.rs`) for each generation that is being followed: the loop read, apply, commit. What it holds meanwhile is a
+//! session (`session.rs`); it reads through a merge (`merge.rs`), which puts the events of several sources into one order.
 
 pub mod lifecycle;
 mod manager;
 mod merge;
+mod session;
 mod worker;
 
 pub use manager::{LiveView, Manager, Shared, Snapshot, SnapshotGeneration};

@@ -1,0 +1,307 @@
+//! What a worker holds between two openings of its files: where it stands, the instance, the rows that wait; and a step
+//! of the loop.
+
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use super::Error;
+use super::merge::{Merge, Step, checkpoint, done};
+use super::worker::{Course, Job};
+use crate::config::BatchLimits;
+use crate::model::{Checkpoint, Columns, Position, Time};
+use crate::plugin::{Failure, Instance, RowError, Rows};
+use crate::view::{self, Changes, Commit, CommittedRows, Committer, Generation, Mark, Run, Table};
+
+/// What a plugin reads from: changes that wait for their commit, those that are being committed, what is committed.
+struct State {
+    pending: Changes,
+    /// Kept until their commit has ended; before, nobody knows which of the two is stored.
+    committing: Option<Arc<Changes>>,
+    committed: CommittedRows,
+}
+
+impl Rows for State {
+    fn get(&mut self, view: u32, key: &[u8]) -> Result<Option<Vec<u8>>, RowError> {
+        let newer = self.pending.get(view, key).or_else(|| self.committing.as_ref()?.get(view, key));
+        if let Some(row) = newer {
+            return Ok(row.map(<[u8]>::to_vec));
+        }
+        match self.committed.get(view, key) {
+            Ok(row) => row.map_err(RowError::Plugin),
+            Err(error) => Err(RowError::Host(error.to_string())),
+        }
+    }
+}
+
+/// Events a second, over windows of about a second.
+pub(super) struct Rate {
+    since: Instant,
+    events: u64,
+    pub(super) events_a_second: f64,
+}
+
+impl Rate {
+    fn count(&mut self, events: usize) {
+        self.events += events as u64;
+        let elapsed = self.since.elapsed();
+        if elapsed >= Duration::from_secs(1) {
+            self.events_a_second = self.events as f64 / elapsed.as_secs_f64();
+            (self.since, self.events) = (Instant::now(), 0);
+        } else if self.events_a_second == 0.0 && self.events > 0 {
+            // The first second shows something, too.
+            self.events_a_second = self.events as f64 / elapsed.as_secs_f64().max(0.001);
+        }
+    }
+}
+
+pub(super) type Done = Vec<Option<(Position, Time)>>;
+
+/// What one opening of the files holds, until an error makes it void.
+pub(super) struct Session {
+    state: Arc<Mutex<State>>,
+    committer: Committer,
+    tables: Arc<[Table]>,
+    pub(super) merge: Merge,
+    /// The generation whose course is followed was built from another log.
+    pub(super) foreign: bool,
+    instance: Option<Instance>,
+    batch: Columns,
+    /// In which order the sources were taken since the last commit began.
+    runs: Vec<Run>,
+    /// Where each source stands after the last apply: the pending changes are complete to here.
+    applied: Done,
+    /// To where the commit that began last is complete, and whether events are in it.
+    committing: Option<(Done, bool)>,
+    pub(super) committed: Done,
+    last_commit: Instant,
+    /// Whether events, not only positions, wait for the commit.
+    has_applied: bool,
+    /// Events in the next batch, at most.
+    size: usize,
+    /// How many of the next events were in a batch that failed: the bad one is among them.
+    pub(super) suspect: usize,
+    pub(super) rate: Rate,
+}
+
+impl Session {
+    pub(super) fn open(job: &Job) -> Result<Session, Error> {
+        let generation = Generation::open(&job.file, &job.module.manifest)?;
+        let tables = generation.tables().clone();
+        let done = done(&job.module.manifest, generation.marks());
+        let mut merge = Merge::new(&job.log, &job.module.manifest, &done)?;
+        check_log(job, &job.file, &mut merge, generation.marks())?;
+        let foreign = follow(job, &mut merge)?;
+        let committed = generation.rows()?;
+        Ok(Session {
+            state: Arc::new(Mutex::new(State { pending: Changes::default(), committing: None, committed })),
+            committer: Committer::new(generation),
+            tables,
+            merge,
+            foreign,
+            instance: None,
+            batch: Columns::default(),
+            runs: Vec::new(),
+            applied: done.clone(),
+            committing: None,
+            committed: done,
+            last_commit: Instant::now(),
+            has_applied: false,
+            size: job.limits.events,
+            suspect: 0,
+            rate: Rate { since: Instant::now(), events: 0, events_a_second: 0.0 },
+        })
+    }
+
+    fn state(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().expect("a panic would have ended this thread")
+    }
+
+    /// The committed one.
+    pub(super) fn checkpoint(&self) -> Checkpoint {
+        checkpoint(&self.merge.sources, &self.committed)
+    }
+
+    /// True if something waits for a commit that has not begun.
+    pub(super) fn has_uncommitted(&self) -> bool {
+        self.applied != *self.committing.as_ref().map_or(&self.committed, |(done, _)| done)
+    }
+
+    pub(super) fn is_committing(&self) -> bool {
+        self.committing.is_some()
+    }
+
+    pub(super) fn should_commit(&self, limits: &BatchLimits) -> bool {
+        let state = self.state();
+        state.pending.rows() >= limits.commit_rows
+            || state.pending.bytes() >= limits.commit_bytes
+            || self.runs.len() >= limits.commit_rows
+            || (self.has_uncommitted() && self.last_commit.elapsed() >= limits.commit_interval)
+    }
+
+    /// Reads and applies one batch. After a failure, everything before the batch is committed, and the next batch is
+    /// smaller, until the event that fails is alone.
+    pub(super) fn step(&mut self, job: &Job) -> Result<Step, Error> {
+        self.batch.clear();
+        let limits = BatchLimits { events: self.size, ..job.limits };
+        let mut runs = Vec::new();
+        let step = self.merge.next(&limits, &mut self.batch, &mut runs)?;
+        if !self.batch.is_empty() {
+            if let Err(failure) = self.apply(job) {
+                self.isolate(job, failure)?;
+                return Ok(Step::More);
+            }
+            self.succeeded(job.limits.events);
+        }
+        self.applied = self.merge.done();
+        if self.merge.sources.len() > 1 {
+            self.runs.extend(runs);
+        }
+        Ok(step)
+    }
+
+    fn apply(&mut self, job: &Job) -> Result<(), Failure> {
+        let manifest = &job.module.manifest;
+        let wanted = |column| manifest.batch.contains(&column);
+        let encoded = self.batch.encode(&self.merge.sources, &self.merge.types(), wanted);
+        let instance = match &mut self.instance {
+            Some(instance) => instance,
+            none => none.insert(job.module.instantiate(self.state.clone())?),
+        };
+        let changes = instance.apply(&encoded)?;
+        let tables = self.tables.clone();
+        let absorbed = self.state().pending.absorb(&tables, &changes);
+        absorbed.map_err(|message| Failure::Trap { message })
+    }
+
+    fn succeeded(&mut self, most: usize) {
+        let events = self.batch.len();
+        self.has_applied = true;
+        self.rate.count(events);
+        self.suspect = self.suspect.saturating_sub(events);
+        self.size = if self.suspect > 0 { (self.suspect / 2).max(1) } else { (self.size * 2).min(most) };
+    }
+
+    /// Finds the one event that fails by halving, on fresh instances.
+    fn isolate(&mut self, job: &Job, failure: Failure) -> Result<(), Error> {
+        let events = self.batch.len();
+        let first_bad = match failure {
+            Failure::Host(message) => return Err(Error::Host(message)),
+            Failure::Refused { event, .. } => Some(event as usize).filter(|&i| i < events),
+            _ => None,
+        };
+        if job.proving {
+            return Err(match first_bad {
+                Some(i) => self.describe_event(i, &failure),
+                None => Error::FirstBatch {
+                    events,
+                    source_name: self.merge.sources[usize::from(self.batch.source(0))].to_string(),
+                    position: self.batch.position(0),
+                    reason: failure.to_string(),
+                },
+            });
+        }
+        // Before the commit, which needs the merge as it was when the pending changes were made.
+        let culprit = (events == 1 || first_bad == Some(0)).then(|| self.describe_event(0, &failure));
+        self.end_commit(true)?;
+        self.begin_commit(job)?;
+        self.end_commit(true)?;
+        if let Some(culprit) = culprit {
+            return Err(culprit);
+        }
+        tracing::warn!(%failure, events, "a batch failed; looking for the event");
+        self.instance = None;
+        self.suspect = events;
+        self.size = first_bad.unwrap_or(events / 2).max(1);
+        self.merge = Merge::new(&job.log, &job.module.manifest, &self.applied)?;
+        self.foreign = follow(job, &mut self.merge)?;
+        Ok(())
+    }
+
+    fn describe_event(&self, i: usize, failure: &Failure) -> Error {
+        let event = self.batch.get(i);
+        let types = self.merge.types();
+        Error::Event {
+            source_name: self.merge.sources[usize::from(self.batch.source(i))].to_string(),
+            position: event.position,
+            event_type: types[usize::from(self.batch.event_type(i))].to_string(),
+            id: String::from_utf8_lossy(event.id).into_owned(),
+            reason: failure.to_string(),
+        }
+    }
+
+    /// Begins to commit what was applied. The commit before must have ended. An error makes the session void.
+    pub(super) fn begin_commit(&mut self, job: &Job) -> Result<(), Error> {
+        let mut marks = Vec::new();
+        for (i, applied) in self.applied.iter().enumerate() {
+            let Some((position, time)) = applied.filter(|_| *applied != self.committed[i]) else { continue };
+            let source = self.merge.sources[i].clone();
+            let Some((fingerprint, _)) = self.merge.fingerprint(&source, position)? else {
+                return Err(Error::Record { source_name: source.to_string(), position });
+            };
+            marks.push((source, Mark { position, time, fingerprint, log: job.log.identity().to_owned() }));
+        }
+        let changes = {
+            let mut state = self.state();
+            let changes = Arc::new(std::mem::take(&mut state.pending));
+            state.committing = Some(changes.clone());
+            changes
+        };
+        let runs = std::mem::take(&mut self.runs);
+        self.committing = Some((self.applied.clone(), std::mem::take(&mut self.has_applied)));
+        self.last_commit = Instant::now();
+        self.committer.begin(Commit { marks, changes, runs, module: job.module.hash.clone() });
+        Ok(())
+    }
+
+    /// Hears of a commit that has ended, or waits for its end; answers whether there were events in it. An error makes
+    /// the session void.
+    pub(super) fn end_commit(&mut self, wait: bool) -> Result<Option<bool>, Error> {
+        if !self.committer.ended(wait)? {
+            return Ok(None);
+        }
+        self.state().committing = None;
+        let (done, had_applied) = self.committing.take().expect("it was begun");
+        self.committed = done;
+        Ok(Some(had_applied))
+    }
+}
+
+/// Takes the order of the live generation, if that is what the job says. Answers true if that order is of no use: the
+/// generation was built from another log, or cannot be read. A rebuild is what gets its projection going again then.
+fn follow(job: &Job, merge: &mut Merge) -> Result<bool, Error> {
+    let Course::Generation(live) = &job.course else { return Ok(false) };
+    let marks = view::Order::open(live).and_then(|order| order.marks());
+    match marks.map_err(Error::from).and_then(|marks| check_log(job, live, merge, &marks)) {
+        Ok(()) => merge.follow(live).map(|()| false),
+        Err(error @ (Error::LogReplaced { .. } | Error::View(_))) => {
+            tracing::warn!(%error, "rebuilding without regard to the live generation");
+            Ok(true)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// A log that was replaced or rolled back is refused with both facts, never followed.
+fn check_log(job: &Job, file: &Path, merge: &mut Merge, marks: &[(Arc<str>, Mark)]) -> Result<(), Error> {
+    let identity = job.log.identity();
+    for (source, mark) in marks {
+        let here = merge.fingerprint(source, mark.position)?;
+        if mark.log == identity && here.is_some_and(|(fingerprint, _)| fingerprint == mark.fingerprint) {
+            continue;
+        }
+        let found = match here {
+            Some((fingerprint, _)) => format!("log {identity} has event {fingerprint:016x} there"),
+            None => format!("log {identity} has no event there"),
+        };
+        return Err(Error::LogReplaced {
+            file: file.to_owned(),
+            source_name: source.to_string(),
+            position: mark.position,
+            expected: mark.log.clone(),
+            fingerprint: mark.fingerprint,
+            found,
+        });
+    }
+    Ok(())
+}
