@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::config::limits;
-use crate::model::BatchColumn;
+use crate::model::{BatchColumn, ColumnSet};
 
 /// The version of `wit/projection.wit` that this host speaks.
 pub const CONTRACT: &str = "0.1.0";
@@ -24,7 +24,7 @@ pub struct Manifest {
     /// Its views, in the order by which plugins number them.
     pub views: Vec<ViewSchema>,
     /// The optional batch columns that the plugin reads.
-    pub batch: Vec<BatchColumn>,
+    pub batch: ColumnSet,
     /// The JSON that the plugin gave.
     pub json: String,
 }
@@ -189,15 +189,11 @@ impl Manifest {
             ensure!(!views.contains(&view.name.as_str()), "view {:?} is declared twice", view.name);
             views.push(&view.name);
         }
-        let all = || {
-            use BatchColumn::*;
-            vec![Versions, Streams, Ids, Payloads, Metadata]
-        };
         Ok(Manifest {
             projection: written.projection,
             version: written.version,
             sources: subscriptions(written.sources)?,
-            batch: written.batch.unwrap_or_else(all),
+            batch: written.batch.map_or(ColumnSet::ALL, ColumnSet::from_iter),
             views: written.views,
             json: json.to_owned(),
         })

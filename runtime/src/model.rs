@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::ops::Range;
 use std::str::FromStr;
 use std::sync::Arc;
 
@@ -205,7 +206,7 @@ pub struct Event {
     pub event: NewEvent,
 }
 
-/// Values of varying length, back to back: one buffer of bytes and one of end offsets.
+/// Values of varying length, back to back: one buffer of bytes and one of end offsets. An absent column has no ends.
 #[derive(Clone, Debug, Default)]
 pub struct Packed {
     bytes: Vec<u8>,
@@ -215,17 +216,33 @@ pub struct Packed {
 impl Packed {
     fn push(&mut self, value: &[u8]) {
         self.bytes.extend_from_slice(value);
-        let end = u32::try_from(self.bytes.len()).expect("batches are bounded far below 4 GiB");
+        self.push_end(self.bytes.len());
+    }
+
+    fn push_end(&mut self, end: usize) {
+        let end = u32::try_from(end).expect("batches are bounded far below 4 GiB");
         self.ends.extend_from_slice(&end.to_le_bytes());
     }
 
-    fn end(&self, i: usize) -> usize {
-        u32::from_le_bytes(self.ends[4 * i..4 * i + 4].try_into().expect("four bytes")) as usize
+    /// Copies some values of another column.
+    fn extend(&mut self, from: &Packed, range: Range<usize>) {
+        let (begin, here) = (from.begin(range.start), self.bytes.len());
+        self.bytes.extend_from_slice(&from.bytes[begin..from.begin(range.end)]);
+        for end in from.ends[4 * range.start..4 * range.end].as_chunks().0 {
+            self.push_end(here + u32::from_le_bytes(*end) as usize - begin);
+        }
+    }
+
+    /// Where value `i` begins, which is where the one before ends.
+    fn begin(&self, i: usize) -> usize {
+        match i.checked_sub(1) {
+            Some(i) => u32::from_le_bytes(self.ends[4 * i..4 * i + 4].try_into().expect("four bytes")) as usize,
+            None => 0,
+        }
     }
 
     fn get(&self, i: usize) -> &[u8] {
-        let start = if i == 0 { 0 } else { self.end(i - 1) };
-        &self.bytes[start..self.end(i)]
+        if self.ends.is_empty() { &[] } else { &self.bytes[self.begin(i)..self.begin(i + 1)] }
     }
 
     fn clear(&mut self) {
@@ -255,11 +272,12 @@ pub struct RawEvent<'a> {
 }
 
 /// Events as columns, in the form that crosses the sandbox boundary (see `wit/projection.wit`): fixed-width columns are
-/// little-endian bytes from the start, so that encoding a batch is a handful of copies.
+/// little-endian bytes from the start, so that copying a stretch of events, or encoding a batch, is a handful of copies.
 ///
 /// Sources and types are indexes into dictionaries that whoever fills the columns keeps.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Columns {
+    set: ColumnSet,
     positions: Vec<u8>,
     times: Vec<u8>,
     versions: Vec<u8>,
@@ -280,6 +298,27 @@ fn u16_at(column: &[u8], i: usize) -> u16 {
 }
 
 impl Columns {
+    /// No events yet. Of the optional columns only those in `set` are kept; the others read as empty.
+    pub fn new(set: ColumnSet) -> Columns {
+        Columns {
+            set,
+            positions: Vec::new(),
+            times: Vec::new(),
+            versions: Vec::new(),
+            source: Vec::new(),
+            types: Vec::new(),
+            streams: Packed::default(),
+            ids: Packed::default(),
+            payloads: Packed::default(),
+            metadata: Packed::default(),
+        }
+    }
+
+    /// The optional columns that are kept.
+    pub fn set(&self) -> ColumnSet {
+        self.set
+    }
+
     /// How many events there are.
     pub fn len(&self) -> usize {
         self.positions.len() / 8
@@ -296,6 +335,12 @@ impl Columns {
         self.len() * 44 + packed.iter().map(|p| p.bytes.len()).sum::<usize>()
     }
 
+    /// About how many bytes event `i` takes.
+    pub fn bytes_of(&self, i: usize) -> usize {
+        let packed = [&self.streams, &self.ids, &self.payloads, &self.metadata];
+        44 + packed.iter().map(|p| p.get(i).len()).sum::<usize>()
+    }
+
     /// Forgets the events and keeps the memory.
     pub fn clear(&mut self) {
         for column in [&mut self.positions, &mut self.times, &mut self.versions, &mut self.source, &mut self.types] {
@@ -310,13 +355,47 @@ impl Columns {
     pub fn push(&mut self, source: u16, event_type: u16, e: RawEvent<'_>) {
         self.positions.extend_from_slice(&e.position.0.to_le_bytes());
         self.times.extend_from_slice(&e.time.0.to_le_bytes());
-        self.versions.extend_from_slice(&e.version.to_le_bytes());
         self.source.extend_from_slice(&source.to_le_bytes());
         self.types.extend_from_slice(&event_type.to_le_bytes());
-        self.streams.push(e.stream);
-        self.ids.push(e.id);
-        self.payloads.push(e.payload);
-        self.metadata.push(e.metadata);
+        if self.set.contains(BatchColumn::Versions) {
+            self.versions.extend_from_slice(&e.version.to_le_bytes());
+        }
+        let values = [e.stream, e.id, e.payload, e.metadata];
+        for ((_, column), value) in self.packed().into_iter().zip(values).filter(|((kept, _), _)| *kept) {
+            column.push(value);
+        }
+    }
+
+    /// The columns of varying length, and whether they are kept.
+    fn packed(&mut self) -> [(bool, &mut Packed); 4] {
+        use BatchColumn::{Ids, Metadata, Payloads, Streams};
+        let set = self.set;
+        [
+            (set.contains(Streams), &mut self.streams),
+            (set.contains(Ids), &mut self.ids),
+            (set.contains(Payloads), &mut self.payloads),
+            (set.contains(Metadata), &mut self.metadata),
+        ]
+    }
+
+    /// Adds a stretch of events of one source. `types` says for each type in `from` what it is here; it must know all
+    /// types in the stretch, and `from` must keep all columns that are kept here.
+    pub fn extend(&mut self, from: &Columns, range: Range<usize>, source: u16, types: &[Option<u16>]) {
+        assert!(from.set.covers(self.set), "columns that were not read cannot be copied");
+        self.positions.extend_from_slice(&from.positions[8 * range.start..8 * range.end]);
+        self.times.extend_from_slice(&from.times[8 * range.start..8 * range.end]);
+        for event_type in from.types[2 * range.start..2 * range.end].as_chunks().0 {
+            let here = types[usize::from(u16::from_le_bytes(*event_type))].expect("a type that is wanted");
+            self.types.extend_from_slice(&here.to_le_bytes());
+            self.source.extend_from_slice(&source.to_le_bytes());
+        }
+        if self.set.contains(BatchColumn::Versions) {
+            self.versions.extend_from_slice(&from.versions[8 * range.start..8 * range.end]);
+        }
+        let others = [&from.streams, &from.ids, &from.payloads, &from.metadata];
+        for ((_, column), other) in self.packed().into_iter().zip(others).filter(|((kept, _), _)| *kept) {
+            column.extend(other, range.clone());
+        }
     }
 
     /// The position of event `i`.
@@ -339,12 +418,12 @@ impl Columns {
         u16_at(&self.types, i)
     }
 
-    /// Event `i`.
+    /// Event `i`. Columns that are not kept are empty.
     pub fn get(&self, i: usize) -> RawEvent<'_> {
         RawEvent {
             position: self.position(i),
             time: self.time(i),
-            version: u64_at(&self.versions, i),
+            version: if self.versions.is_empty() { 0 } else { u64_at(&self.versions, i) },
             stream: self.streams.get(i),
             id: self.ids.get(i),
             metadata: self.metadata.get(i),
@@ -352,11 +431,11 @@ impl Columns {
         }
     }
 
-    /// The batch as a plugin gets it: one MessagePack map. `wanted` says whether the plugin reads one of the columns
-    /// that it may go without.
-    pub fn encode(&self, sources: &[Arc<str>], types: &[Arc<str>], wanted: impl Fn(BatchColumn) -> bool) -> Vec<u8> {
+    /// The batch as a plugin gets it: one MessagePack map with those optional columns that are in `wanted`.
+    pub fn encode(&self, sources: &[Arc<str>], types: &[Arc<str>], wanted: ColumnSet) -> Vec<u8> {
         use serde_bytes::Bytes;
-        let column = |c, bytes| wanted(c).then_some(Bytes::new(bytes));
+        assert!(self.set.covers(wanted), "columns that are not kept cannot be encoded");
+        let column = |c, bytes| wanted.contains(c).then_some(Bytes::new(bytes));
         let wire = Wire {
             positions: Bytes::new(&self.positions),
             times: Bytes::new(&self.times),
@@ -391,6 +470,37 @@ pub enum BatchColumn {
     Ids,
     Payloads,
     Metadata,
+}
+
+/// Some of the optional batch columns.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ColumnSet(u8);
+
+impl ColumnSet {
+    /// All of them.
+    pub const ALL: ColumnSet = ColumnSet(0b1_1111);
+
+    /// True if this column is in the set.
+    pub fn contains(self, column: BatchColumn) -> bool {
+        self.0 & (1 << column as u8) != 0
+    }
+
+    /// True if all columns of `other` are in this set.
+    pub fn covers(self, other: ColumnSet) -> bool {
+        self.0 | other.0 == self.0
+    }
+
+    /// What is in one of the sets or in both.
+    #[must_use]
+    pub fn union(self, other: ColumnSet) -> ColumnSet {
+        ColumnSet(self.0 | other.0)
+    }
+}
+
+impl FromIterator<BatchColumn> for ColumnSet {
+    fn from_iter<I: IntoIterator<Item = BatchColumn>>(columns: I) -> ColumnSet {
+        ColumnSet(columns.into_iter().fold(0, |set, column| set | 1 << column as u8))
+    }
 }
 
 #[derive(Serialize)]

@@ -223,7 +223,6 @@ impl Events {
         let config = common.existing()?;
         let log = EventLog::open(&config.data)?;
         let mut heads = log.heads();
-        let mut reader = log.reader()?;
         let mut done: BTreeMap<String, Option<Position>> = BTreeMap::new();
         let mut left = self.limit.unwrap_or(usize::MAX);
         let mut out = BufWriter::new(std::io::stdout().lock());
@@ -237,7 +236,7 @@ impl Events {
                 let after = done.entry(source.clone()).or_insert(self.after.map(Position));
                 while left > 0 {
                     let mut written = Ok(());
-                    let n = reader.events(&source, *after, left.min(PAGE), |event| {
+                    let n = log.events(&source, *after, left.min(PAGE), |event| {
                         *after = Some(event.position);
                         line.clear();
                         cloudevents::write(&event.event, Some(event.position), &mut line);

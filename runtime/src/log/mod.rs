@@ -4,6 +4,7 @@
 //! every other kind: positions of a source strictly increase in commit order; an event that was read once is read
 //! again, the same, at the same position; a log has an identity, so that a view can tell when it was replaced.
 
+mod chunks;
 pub mod cloudevents;
 mod sqlite;
 
@@ -13,7 +14,8 @@ use std::sync::Arc;
 
 use crate::model::{Position, Time};
 
-pub use sqlite::{EventLog, ReadLimits, Reader, SourceReader};
+pub use chunks::Chunk;
+pub use sqlite::EventLog;
 
 /// What can go wrong with a log.
 #[derive(Debug, thiserror::Error)]
@@ -56,9 +58,6 @@ pub enum Error {
         /// The limit, see [`crate::config::limits`].
         limit: usize,
     },
-    /// A projection asks for more event types than a batch can number.
-    #[error("a projection cannot take more than 65,536 event types")]
-    Types,
 }
 
 /// The newest event of a source.

@@ -8,15 +8,14 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, Weak};
 
-use rusqlite::types::ValueRef;
 use rusqlite::{Connection, OptionalExtension, TransactionBehavior, params};
 use sha2::{Digest, Sha256};
 use tokio::sync::watch;
 
+use super::chunks::{Chunk, Chunks};
 use super::{Appended, Error, Head, Heads};
 use crate::config::limits;
-use crate::manifest::Subscription;
-use crate::model::{Columns, Event, NewEvent, Position, RawEvent, Time};
+use crate::model::{ColumnSet, Event, NewEvent, Position, Time};
 
 /// The layout of the file; raised when it changes.
 const FORMAT: i64 = 1;
@@ -40,16 +39,18 @@ struct Inner {
     heads: watch::Sender<Arc<Heads>>,
     poller: OnceLock<()>,
     stop: Arc<(Mutex<bool>, Condvar)>,
+    chunks: Arc<Chunks>,
 }
 
 impl Drop for Inner {
     fn drop(&mut self) {
         *self.stop.0.lock().expect("no panics while it is held") = true;
         self.stop.1.notify_all();
+        self.chunks.stop();
     }
 }
 
-fn connect(path: &Path) -> rusqlite::Result<Connection> {
+pub(super) fn connect(path: &Path) -> rusqlite::Result<Connection> {
     let connection = Connection::open(path)?;
     connection.busy_timeout(limits::DATABASE_BUSY)?;
     connection.set_prepared_statement_cache_capacity(128);
@@ -76,6 +77,7 @@ impl EventLog {
                 heads: watch::Sender::new(Arc::new(heads)),
                 poller: OnceLock::new(),
                 stop: Arc::default(),
+                chunks: Chunks::new(path.clone()),
                 path,
             }),
         })
@@ -125,11 +127,47 @@ impl EventLog {
         self.inner.heads.borrow().clone()
     }
 
-    /// A reader with a connection of its own.
-    pub fn reader(&self) -> Result<Reader, Error> {
-        let path = self.inner.path.clone();
-        let connection = connect(&path).map_err(|error| Error::Sqlite { path: path.clone(), error })?;
-        Ok(Reader { path, connection, types: HashMap::new() })
+    /// The events of a source after a position: as many as one chunk has, or None if there are none yet.
+    ///
+    /// Readers of a stretch share what is read for the first of them, and what comes next is read meanwhile. At least
+    /// the `columns` asked for are there.
+    pub fn chunk(
+        &self,
+        source: &str,
+        after: Option<Position>,
+        columns: ColumnSet,
+    ) -> Result<Option<Arc<Chunk>>, Error> {
+        self.inner.chunks.get(source, after, columns)
+    }
+
+    /// Calls `each` for at most `limit` events of a source after a position, in order; answers how many there were.
+    pub fn events(
+        &self,
+        source: &str,
+        after: Option<Position>,
+        limit: usize,
+        each: impl FnMut(Event),
+    ) -> Result<usize, Error> {
+        self.inner.chunks.with_reader(|reader| reader.events(source, after, limit, each))
+    }
+
+    /// A digest of the event at a position and its time, or None if there is no such event. A checkpoint keeps it, so
+    /// that a log which was replaced or rolled back is noticed.
+    pub fn fingerprint(&self, source: &str, position: Position) -> Result<Option<(i64, Time)>, Error> {
+        let mut found = None;
+        // Positions begin at 0, and None reads from there.
+        let after = position.0.checked_sub(1).map(Position);
+        self.events(source, after, 1, |event| found = Some(event))?;
+        Ok(found.filter(|e| e.position == position).map(|Event { event: e, .. }| {
+            let mut hash = Sha256::new();
+            for part in [e.id.as_bytes(), e.event_type.as_bytes(), e.stream.as_bytes(), &e.payload] {
+                hash.update((part.len() as u64).to_le_bytes());
+                hash.update(part);
+            }
+            hash.update(e.time.microseconds().to_le_bytes());
+            let digest = hash.finalize();
+            (i64::from_le_bytes(digest[..8].try_into().expect("eight bytes")), e.time)
+        }))
     }
 }
 
@@ -224,7 +262,7 @@ fn read_heads(connection: &Connection) -> rusqlite::Result<Heads> {
     rows.collect()
 }
 
-fn time(microseconds: i64) -> Time {
+pub(super) fn time(microseconds: i64) -> Time {
     Time::from_microseconds(microseconds).unwrap_or(Time::EPOCH)
 }
 
@@ -341,219 +379,4 @@ fn open_source(connection: &Connection, name: &str) -> rusqlite::Result<Open> {
         first_time,
         last_time: 0,
     })
-}
-
-/// Bounds of one read. It ends at whichever is met first.
-#[derive(Clone, Copy, Debug)]
-pub struct ReadLimits {
-    /// Events returned.
-    pub events: usize,
-    /// Bytes of events returned, unless the first one alone is larger.
-    pub bytes: usize,
-    /// Events looked at, wanted or not.
-    pub scan: usize,
-}
-
-/// Reads a log through a connection of its own.
-pub struct Reader {
-    path: PathBuf,
-    connection: Connection,
-    types: HashMap<i64, Arc<str>>,
-}
-
-impl Reader {
-    /// The wanted events of a source after a position, and where the look ended.
-    ///
-    /// `source` is told by its cursor, which moves. The events are pushed to `out`. Answers true if there was nothing
-    /// more to read before the head.
-    pub fn read(&mut self, source: &mut SourceReader, limits: ReadLimits, out: &mut Columns) -> Result<bool, Error> {
-        match self.try_read(source, limits, out) {
-            Ok(end) => end.ok_or(Error::Types),
-            Err(error) => Err(self.failed(error)),
-        }
-    }
-
-    /// None if the types cannot be numbered.
-    fn try_read(
-        &mut self,
-        source: &mut SourceReader,
-        limits: ReadLimits,
-        out: &mut Columns,
-    ) -> rusqlite::Result<Option<bool>> {
-        let Some(number) = self.source_number(&source.subscription.source)? else { return Ok(Some(true)) };
-        let sql = format!(
-            "SELECT position, time, version, type, stream, id, metadata, payload FROM source_{number}
-             WHERE position > ? ORDER BY position LIMIT ?"
-        );
-        let after = source.scanned.map_or(-1, |(p, _)| p.0 as i64);
-        let (events_before, bytes_before) = (out.len(), out.bytes());
-        let mut statement = self.connection.prepare_cached(&sql)?;
-        let mut rows = statement.query(params![after, limits.scan as i64])?;
-        let mut scanned = 0;
-        while let Some(row) = rows.next()? {
-            scanned += 1;
-            let position = Position(row.get::<_, i64>(0)? as u64);
-            let time = time(row.get(1)?);
-            let number: i64 = row.get(3)?;
-            let wanted = match source.types.get(&number) {
-                Some(&wanted) => wanted,
-                None => {
-                    let name = type_name(&self.connection, &mut self.types, number)?;
-                    let Some(wanted) = source.want(number, name) else { return Ok(None) };
-                    wanted
-                }
-            };
-            if let Some(event_type) = wanted {
-                out.push(
-                    source.index,
-                    event_type,
-                    RawEvent {
-                        position,
-                        time,
-                        version: row.get::<_, i64>(2)? as u64,
-                        stream: bytes(row.get_ref(4)?),
-                        id: bytes(row.get_ref(5)?),
-                        metadata: bytes(row.get_ref(6)?),
-                        payload: bytes(row.get_ref(7)?),
-                    },
-                );
-            }
-            source.scanned = Some((position, time));
-            if out.len() - events_before >= limits.events || out.bytes() - bytes_before >= limits.bytes {
-                return Ok(Some(false));
-            }
-        }
-        Ok(Some(scanned < limits.scan))
-    }
-
-    /// Calls `each` for at most `limit` events of a source after a position, in order; answers how many there were.
-    pub fn events(
-        &mut self,
-        source: &str,
-        after: Option<Position>,
-        limit: usize,
-        mut each: impl FnMut(Event),
-    ) -> Result<usize, Error> {
-        let result = (|| {
-            let Some(number) = self.source_number(source)? else { return Ok(0) };
-            let sql = format!(
-                "SELECT position, time, version, type, stream, id, metadata, payload FROM source_{number}
-                 WHERE position > ? ORDER BY position LIMIT ?"
-            );
-            let mut statement = self.connection.prepare_cached(&sql)?;
-            let mut rows = statement.query(params![after.map_or(-1, |p| p.0 as i64), limit as i64])?;
-            let mut count = 0;
-            while let Some(row) = rows.next()? {
-                let event = NewEvent {
-                    source: source.to_owned(),
-                    id: row.get(5)?,
-                    stream: row.get(4)?,
-                    version: row.get::<_, i64>(2)? as u64,
-                    event_type: type_name(&self.connection, &mut self.types, row.get(3)?)?.to_string(),
-                    time: time(row.get(1)?),
-                    metadata: row.get(6)?,
-                    payload: row.get(7)?,
-                };
-                each(Event { position: Position(row.get::<_, i64>(0)? as u64), event });
-                count += 1;
-            }
-            Ok(count)
-        })();
-        result.map_err(|error| self.failed(error))
-    }
-
-    /// A digest of the event at a position and its time, or None if there is no such event. A checkpoint keeps it, so
-    /// that a log which was replaced or rolled back is noticed.
-    pub fn fingerprint(&mut self, source: &str, position: Position) -> Result<Option<(i64, Time)>, Error> {
-        let mut found = None;
-        // Positions begin at 0, and None reads from there.
-        let after = position.0.checked_sub(1).map(Position);
-        self.events(source, after, 1, |event| found = Some(event))?;
-        Ok(found.filter(|e| e.position == position).map(|Event { event: e, .. }| {
-            let mut hash = Sha256::new();
-            for part in [e.id.as_bytes(), e.event_type.as_bytes(), e.stream.as_bytes(), &e.payload] {
-                hash.update((part.len() as u64).to_le_bytes());
-                hash.update(part);
-            }
-            hash.update(e.time.microseconds().to_le_bytes());
-            let digest = hash.finalize();
-            (i64::from_le_bytes(digest[..8].try_into().expect("eight bytes")), e.time)
-        }))
-    }
-
-    fn source_number(&self, name: &str) -> rusqlite::Result<Option<i64>> {
-        let sql = "SELECT number FROM sources WHERE name = ? AND head IS NOT NULL";
-        self.connection.prepare_cached(sql)?.query_row([name], |r| r.get(0)).optional()
-    }
-
-    fn failed(&self, error: rusqlite::Error) -> Error {
-        Error::Sqlite { path: self.path.clone(), error }
-    }
-}
-
-fn type_name(connection: &Connection, known: &mut HashMap<i64, Arc<str>>, number: i64) -> rusqlite::Result<Arc<str>> {
-    if let Some(name) = known.get(&number) {
-        return Ok(name.clone());
-    }
-    let name: String =
-        connection.prepare_cached("SELECT name FROM types WHERE number = ?")?.query_row([number], |r| r.get(0))?;
-    let name: Arc<str> = name.into();
-    known.insert(number, name.clone());
-    Ok(name)
-}
-
-fn bytes(value: ValueRef<'_>) -> &[u8] {
-    match value {
-        ValueRef::Text(bytes) | ValueRef::Blob(bytes) => bytes,
-        // The tables are strict and the columns not null.
-        ValueRef::Null | ValueRef::Integer(_) | ValueRef::Real(_) => &[],
-    }
-}
-
-/// A cursor over one source: where the look has come to, and which events are wanted.
-pub struct SourceReader {
-    subscription: Subscription,
-    index: u16,
-    dictionary: Arc<Mutex<Vec<Arc<str>>>>,
-    types: HashMap<i64, Option<u16>>,
-    scanned: Option<(Position, Time)>,
-}
-
-impl SourceReader {
-    /// Begins after `position`, whose event has the time `time`. `index` is the source's number in the batches;
-    /// `dictionary` the event types' names, shared by all cursors of a projection.
-    pub fn new(
-        subscription: Subscription,
-        index: u16,
-        dictionary: Arc<Mutex<Vec<Arc<str>>>>,
-        scanned: Option<(Position, Time)>,
-    ) -> SourceReader {
-        SourceReader { subscription, index, dictionary, types: HashMap::new(), scanned }
-    }
-
-    /// The last event that was looked at, wanted or not.
-    pub fn scanned(&self) -> Option<(Position, Time)> {
-        self.scanned
-    }
-
-    /// The source's name.
-    pub fn source(&self) -> &str {
-        &self.subscription.source
-    }
-
-    /// Decides once for each event type; None if it cannot be numbered.
-    fn want(&mut self, number: i64, name: Arc<str>) -> Option<Option<u16>> {
-        let index = if self.subscription.wants(&name) {
-            let mut dictionary = self.dictionary.lock().expect("no panics while it is held");
-            let index = dictionary.iter().position(|t| *t == name).unwrap_or_else(|| {
-                dictionary.push(name);
-                dictionary.len() - 1
-            });
-            Some(u16::try_from(index).ok()?)
-        } else {
-            None
-        };
-        self.types.insert(number, index);
-        Some(index)
-    }
 }

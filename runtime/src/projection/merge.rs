@@ -5,58 +5,108 @@
 //! depend on it.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use super::Error;
 use crate::config::BatchLimits;
-use crate::log::{EventLog, ReadLimits, Reader, SourceReader};
-use crate::manifest::Manifest;
-use crate::model::{Checkpoint, Columns, Position, Time};
+use crate::log::{Chunk, EventLog};
+use crate::manifest::{Manifest, Subscription};
+use crate::model::{Checkpoint, ColumnSet, Columns, Position, Time};
 use crate::view::{Mark, Order, Run};
 
-/// Events that are looked at in one read, wanted or not, so that a command never waits long for a filter.
-const SCAN: usize = 50_000;
+/// Runs of a record that are followed in one step, so that a command never waits long for a filter.
+const RUNS: usize = 50_000;
 
 /// Reads the subscribed sources in one order.
 pub(super) struct Merge {
-    reader: Reader,
+    log: EventLog,
     /// By name, so that a source's index orders as its name does.
     cursors: Vec<Cursor>,
     /// Names of the sources by index.
     pub(super) sources: Vec<Arc<str>>,
-    types: Arc<Mutex<Vec<Arc<str>>>>,
+    /// Event types by their index in batches.
+    types: Vec<Arc<str>>,
+    columns: ColumnSet,
     guide: Option<Guide>,
 }
 
 struct Cursor {
-    reader: SourceReader,
-    /// Read, but not taken: from `next` on.
-    ahead: Columns,
+    subscription: Subscription,
+    /// What is read: taken or passed over before `next`, which is a wanted event if it is not the end.
+    chunk: Option<Arc<Chunk>>,
     next: usize,
+    /// What the types of the chunk are in batches; None for those that are not wanted.
+    types: Vec<Option<u16>>,
     /// The last event taken or passed over.
     done: Option<(Position, Time)>,
+    /// The last event read.
+    read: Option<(Position, Time)>,
     /// Nothing more was there when we last looked.
     exhausted: bool,
 }
 
 impl Cursor {
     fn has_event(&self) -> bool {
-        self.next < self.ahead.len()
+        self.chunk.as_ref().is_some_and(|chunk| self.next < chunk.events().len())
     }
 
-    /// Once everything that was read is taken, the events that were passed over on the way are done too.
+    /// What is read; there is some of it left.
+    fn ahead(&self) -> &Columns {
+        self.chunk.as_ref().expect("it has an event").events()
+    }
+
+    /// Position and time of the next event.
+    fn peek(&self) -> (Position, Time) {
+        (self.ahead().position(self.next), self.ahead().time(self.next))
+    }
+
+    fn is_wanted(&self, i: usize) -> bool {
+        self.types[usize::from(self.ahead().event_type(i))].is_some()
+    }
+
+    /// Passes over events that are not wanted. When all that was read is taken or passed over, the last of it is done.
     fn settle(&mut self) {
-        if !self.has_event() && self.reader.scanned() > self.done {
-            self.done = self.reader.scanned();
+        while self.has_event() && !self.is_wanted(self.next) {
+            self.next += 1;
+        }
+        if !self.has_event() {
+            self.chunk = None;
+            self.done = self.done.max(self.read);
         }
     }
 
-    fn take_into(&mut self, out: &mut Columns) {
-        let event = self.ahead.get(self.next);
-        out.push(self.ahead.source(self.next), self.ahead.event_type(self.next), event);
-        self.done = Some((event.position, event.time));
-        self.next += 1;
+    /// Takes as many events as are wanted one after the other and below `before`, and as there is room for.
+    fn take(
+        &mut self,
+        source: usize,
+        limits: &BatchLimits,
+        batch: &mut Columns,
+        before: impl Fn(Position, Time) -> bool,
+    ) {
+        let chunk = self.chunk.clone().expect("it has an event");
+        let events = chunk.events();
+        let room = limits.events - batch.len();
+        let mut bytes = limits.bytes.saturating_sub(batch.bytes());
+        let mut end = self.next;
+        while end < events.len()
+            && end - self.next < room
+            && bytes > 0
+            && self.is_wanted(end)
+            && before(events.position(end), events.time(end))
+        {
+            bytes = bytes.saturating_sub(events.bytes_of(end));
+            end += 1;
+        }
+        let taken: Range<usize> = self.next..end;
+        if taken.is_empty() {
+            return;
+        }
+        self.done = Some((events.position(end - 1), events.time(end - 1)));
+        batch.extend(events, taken, source as u16, &self.types);
+        self.next = end;
+        self.settle();
     }
 }
 
@@ -80,20 +130,30 @@ pub(super) enum Step {
 }
 
 impl Merge {
-    /// Begins after where each source of the manifest stands.
-    pub(super) fn new(log: &EventLog, manifest: &Manifest, done: &[Option<(Position, Time)>]) -> Result<Merge, Error> {
-        let types = Arc::new(Mutex::new(Vec::new()));
-        let cursors = manifest.sources.iter().zip(done).enumerate().map(|(index, (subscription, &done))| {
-            let reader = SourceReader::new(subscription.clone(), index as u16, types.clone(), done);
-            Cursor { reader, ahead: Columns::default(), next: 0, done, exhausted: false }
+    /// Begins after where each source of the manifest stands, and reads these columns.
+    pub(super) fn new(
+        log: &EventLog,
+        manifest: &Manifest,
+        done: &[Option<(Position, Time)>],
+        columns: ColumnSet,
+    ) -> Merge {
+        let cursors = manifest.sources.iter().zip(done).map(|(subscription, &done)| Cursor {
+            subscription: subscription.clone(),
+            chunk: None,
+            next: 0,
+            types: Vec::new(),
+            done,
+            read: done,
+            exhausted: false,
         });
-        Ok(Merge {
-            reader: log.reader()?,
+        Merge {
+            log: log.clone(),
             cursors: cursors.collect(),
             sources: manifest.sources.iter().map(|s| s.source.as_str().into()).collect(),
-            types,
+            types: Vec::new(),
+            columns,
             guide: None,
-        })
+        }
     }
 
     /// Follows the order of another generation from now on, if it has the same sources; otherwise that order says
@@ -123,13 +183,8 @@ impl Merge {
     }
 
     /// Event types by their index in batches.
-    pub(super) fn types(&self) -> Vec<Arc<str>> {
-        self.types.lock().expect("no panics while it is held").clone()
-    }
-
-    /// A digest of an event, to tell later whether it is still there.
-    pub(super) fn fingerprint(&mut self, source: &str, position: Position) -> Result<Option<(i64, Time)>, Error> {
-        Ok(self.reader.fingerprint(source, position)?)
+    pub(super) fn types(&self) -> &[Arc<str>] {
+        &self.types
     }
 
     /// Takes the next events into `batch`, up to the limits, and appends to `runs` in which order. The step may also
@@ -149,10 +204,9 @@ impl Merge {
             for i in 0..self.cursors.len() {
                 if !self.cursors[i].has_event() && !self.cursors[i].exhausted {
                     // What comes next in this source is not known yet, so nothing of the others may be taken.
-                    self.fill(i, limits)?;
-                    let cursor = &mut self.cursors[i];
-                    let before = cursor.done;
-                    cursor.settle();
+                    let before = self.cursors[i].done;
+                    self.fill(i)?;
+                    let cursor = &self.cursors[i];
                     if cursor.done > before {
                         moved = true;
                         record(runs, i, cursor);
@@ -162,23 +216,23 @@ impl Merge {
                     }
                 }
             }
-            let key = |c: &Cursor, i: usize| (c.ahead.time(c.next), i);
-            let mut keys: Vec<_> =
-                self.cursors.iter().enumerate().filter(|(_, c)| c.has_event()).map(|(i, c)| key(c, i)).collect();
-            keys.sort_unstable();
-            let Some(&(_, first)) = keys.first() else {
+            let with_event = self.cursors.iter().enumerate().filter(|(_, c)| c.has_event());
+            let (mut first, mut second) = (None, None);
+            for key in with_event.map(|(i, c)| (c.peek().1, i)) {
+                if first.is_none_or(|first| key < first) {
+                    second = first.replace(key);
+                } else if second.is_none_or(|second| key < second) {
+                    second = Some(key);
+                }
+            }
+            let Some((_, first)) = first else {
                 return Ok(if moved || !batch.is_empty() { Step::More } else { Step::Head });
             };
-            let second = keys.get(1).copied();
-            let cursor = &mut self.cursors[first];
-            while cursor.has_event() && second.is_none_or(|s| key(cursor, first) < s) {
-                if is_full(batch, limits) {
-                    record(runs, first, cursor);
-                    return Ok(Step::More);
-                }
-                cursor.take_into(batch);
+            if is_full(batch, limits) {
+                return Ok(Step::More);
             }
-            cursor.settle();
+            let cursor = &mut self.cursors[first];
+            cursor.take(first, limits, batch, |_, time| second.is_none_or(|second| (time, first) < second));
             record(runs, first, cursor);
             if is_full(batch, limits) {
                 return Ok(Step::More);
@@ -187,7 +241,7 @@ impl Merge {
     }
 
     fn follow_record(&mut self, limits: &BatchLimits, batch: &mut Columns, runs: &mut Vec<Run>) -> Result<Step, Error> {
-        for _ in 0..SCAN {
+        for _ in 0..RUNS {
             if is_full(batch, limits) {
                 return Ok(Step::More);
             }
@@ -195,21 +249,20 @@ impl Merge {
                 return Ok(if batch.is_empty() { Step::EndOfRecord } else { Step::More });
             };
             let i = usize::from(run.source);
-            if !self.cursors[i].has_event() && self.cursors[i].reader.scanned().map(|(p, _)| p) < Some(run.to) {
+            if !self.cursors[i].has_event() && self.cursors[i].read.map(|(p, _)| p) < Some(run.to) {
                 self.cursors[i].exhausted = false;
-                self.fill(i, limits)?;
-                let cursor = &self.cursors[i];
-                if cursor.exhausted && cursor.reader.scanned().map(|(p, _)| p) < Some(run.to) {
+                self.fill(i)?;
+                if self.cursors[i].exhausted {
                     let source_name = self.sources[i].to_string();
                     return Err(Error::Record { source_name, position: run.to });
                 }
             }
             let cursor = &mut self.cursors[i];
-            while cursor.has_event() && cursor.ahead.position(cursor.next) <= run.to && !is_full(batch, limits) {
-                cursor.take_into(batch);
+            if cursor.has_event() {
+                cursor.take(i, limits, batch, |position, _| position <= run.to);
             }
-            let next_is_beyond = cursor.has_event() && cursor.ahead.position(cursor.next) > run.to;
-            let all_scanned = !cursor.has_event() && cursor.reader.scanned().map(|(p, _)| p) >= Some(run.to);
+            let next_is_beyond = cursor.has_event() && cursor.peek().0 > run.to;
+            let all_scanned = !cursor.has_event() && cursor.read.map(|(p, _)| p) >= Some(run.to);
             if next_is_beyond || all_scanned {
                 let time = cursor.done.map_or(Time::EPOCH, |(_, time)| time);
                 if cursor.done.map(|(p, _)| p) < Some(run.to) {
@@ -250,14 +303,33 @@ impl Merge {
     }
 
     /// Reads on in one source of which everything is taken.
-    fn fill(&mut self, i: usize, limits: &BatchLimits) -> Result<(), Error> {
+    fn fill(&mut self, i: usize) -> Result<(), Error> {
         let cursor = &mut self.cursors[i];
-        cursor.ahead.clear();
+        let after = cursor.read.map(|(position, _)| position);
+        let Some(chunk) = self.log.chunk(&cursor.subscription.source, after, self.columns)? else {
+            cursor.exhausted = true;
+            return Ok(());
+        };
+        cursor.types.clear();
+        for name in chunk.types() {
+            let wanted = cursor.subscription.wants(name).then(|| number(&mut self.types, name)).transpose()?;
+            cursor.types.push(wanted);
+        }
+        cursor.read = Some(chunk.last());
+        cursor.chunk = Some(chunk);
         cursor.next = 0;
-        let read = ReadLimits { events: limits.events, bytes: limits.bytes, scan: SCAN };
-        cursor.exhausted = self.reader.read(&mut cursor.reader, read, &mut cursor.ahead)?;
+        cursor.settle();
         Ok(())
     }
+}
+
+/// The index of an event type in batches.
+fn number(types: &mut Vec<Arc<str>>, name: &Arc<str>) -> Result<u16, Error> {
+    let index = types.iter().position(|t| t == name).unwrap_or_else(|| {
+        types.push(name.clone());
+        types.len() - 1
+    });
+    u16::try_from(index).map_err(|_| Error::Types)
 }
 
 fn is_full(batch: &Columns, limits: &BatchLimits) -> bool {

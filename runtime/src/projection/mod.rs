@@ -86,6 +86,9 @@ pub enum Error {
         /// The position that is missing.
         position: Position,
     },
+    /// A projection takes more event types than a batch can number.
+    #[error("a projection cannot take more than 65,536 event types")]
+    Types,
     /// A batch could not be handed over for a reason of the host's.
     #[error("{0}")]
     Host(String),

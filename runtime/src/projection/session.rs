@@ -89,8 +89,9 @@ impl Session {
         let generation = Generation::open(&job.file, &job.module.manifest)?;
         let tables = generation.tables().clone();
         let done = done(&job.module.manifest, generation.marks());
-        let mut merge = Merge::new(&job.log, &job.module.manifest, &done)?;
-        check_log(job, &job.file, &mut merge, generation.marks())?;
+        let columns = job.module.manifest.batch;
+        let mut merge = Merge::new(&job.log, &job.module.manifest, &done, columns);
+        check_log(job, &job.file, generation.marks())?;
         let foreign = follow(job, &mut merge)?;
         let committed = generation.rows()?;
         Ok(Session {
@@ -100,7 +101,7 @@ impl Session {
             merge,
             foreign,
             instance: None,
-            batch: Columns::default(),
+            batch: Columns::new(columns),
             runs: Vec::new(),
             applied: done.clone(),
             committing: None,
@@ -161,16 +162,14 @@ impl Session {
     }
 
     fn apply(&mut self, job: &Job) -> Result<(), Failure> {
-        let manifest = &job.module.manifest;
-        let wanted = |column| manifest.batch.contains(&column);
-        let encoded = self.batch.encode(&self.merge.sources, &self.merge.types(), wanted);
+        let encoded = self.batch.encode(&self.merge.sources, self.merge.types(), job.module.manifest.batch);
         let instance = match &mut self.instance {
             Some(instance) => instance,
             none => none.insert(job.module.instantiate(self.state.clone())?),
         };
         let changes = instance.apply(&encoded)?;
         let tables = self.tables.clone();
-        let absorbed = self.state().pending.absorb(&tables, &changes);
+        let absorbed = self.state().pending.absorb(&tables, changes);
         absorbed.map_err(|message| Failure::Trap { message })
     }
 
@@ -192,7 +191,7 @@ impl Session {
         };
         if job.proving {
             return Err(match first_bad {
-                Some(i) => self.describe_event(i, &failure),
+                Some(i) => self.describe_event(job, i, &failure)?,
                 None => Error::FirstBatch {
                     events,
                     source_name: self.merge.sources[usize::from(self.batch.source(0))].to_string(),
@@ -202,7 +201,8 @@ impl Session {
             });
         }
         // Before the commit, which needs the merge as it was when the pending changes were made.
-        let culprit = (events == 1 || first_bad == Some(0)).then(|| self.describe_event(0, &failure));
+        let alone = events == 1 || first_bad == Some(0);
+        let culprit = alone.then(|| self.describe_event(job, 0, &failure)).transpose()?;
         self.end_commit(true)?;
         self.begin_commit(job)?;
         self.end_commit(true)?;
@@ -213,21 +213,19 @@ impl Session {
         self.instance = None;
         self.suspect = events;
         self.size = first_bad.unwrap_or(events / 2).max(1);
-        self.merge = Merge::new(&job.log, &job.module.manifest, &self.applied)?;
+        self.merge = Merge::new(&job.log, &job.module.manifest, &self.applied, self.batch.set());
         self.foreign = follow(job, &mut self.merge)?;
         Ok(())
     }
 
-    fn describe_event(&self, i: usize, failure: &Failure) -> Error {
-        let event = self.batch.get(i);
-        let types = self.merge.types();
-        Error::Event {
-            source_name: self.merge.sources[usize::from(self.batch.source(i))].to_string(),
-            position: event.position,
-            event_type: types[usize::from(self.batch.event_type(i))].to_string(),
-            id: String::from_utf8_lossy(event.id).into_owned(),
-            reason: failure.to_string(),
-        }
+    fn describe_event(&self, job: &Job, i: usize, failure: &Failure) -> Result<Error, Error> {
+        let position = self.batch.position(i);
+        let source_name = self.merge.sources[usize::from(self.batch.source(i))].to_string();
+        // The batch has only what the plugin reads of an event.
+        let mut id = String::new();
+        job.log.events(&source_name, position.0.checked_sub(1).map(Position), 1, |event| id = event.event.id)?;
+        let event_type = self.merge.types()[usize::from(self.batch.event_type(i))].to_string();
+        Ok(Error::Event { source_name, position, event_type, id, reason: failure.to_string() })
     }
 
     /// Begins to commit what was applied. The commit before must have ended. An error makes the session void.
@@ -236,7 +234,7 @@ impl Session {
         for (i, applied) in self.applied.iter().enumerate() {
             let Some((position, time)) = applied.filter(|_| *applied != self.committed[i]) else { continue };
             let source = self.merge.sources[i].clone();
-            let Some((fingerprint, _)) = self.merge.fingerprint(&source, position)? else {
+            let Some((fingerprint, _)) = job.log.fingerprint(&source, position)? else {
                 return Err(Error::Record { source_name: source.to_string(), position });
             };
             marks.push((source, Mark { position, time, fingerprint, log: job.log.identity().to_owned() }));
@@ -272,7 +270,7 @@ impl Session {
 fn follow(job: &Job, merge: &mut Merge) -> Result<bool, Error> {
     let Course::Generation(live) = &job.course else { return Ok(false) };
     let marks = view::Order::open(live).and_then(|order| order.marks());
-    match marks.map_err(Error::from).and_then(|marks| check_log(job, live, merge, &marks)) {
+    match marks.map_err(Error::from).and_then(|marks| check_log(job, live, &marks)) {
         Ok(()) => merge.follow(live).map(|()| false),
         Err(error @ (Error::LogReplaced { .. } | Error::View(_))) => {
             tracing::warn!(%error, "rebuilding without regard to the live generation");
@@ -283,10 +281,10 @@ fn follow(job: &Job, merge: &mut Merge) -> Result<bool, Error> {
 }
 
 /// A log that was replaced or rolled back is refused with both facts, never followed.
-fn check_log(job: &Job, file: &Path, merge: &mut Merge, marks: &[(Arc<str>, Mark)]) -> Result<(), Error> {
+fn check_log(job: &Job, file: &Path, marks: &[(Arc<str>, Mark)]) -> Result<(), Error> {
     let identity = job.log.identity();
     for (source, mark) in marks {
-        let here = merge.fingerprint(source, mark.position)?;
+        let here = job.log.fingerprint(source, mark.position)?;
         if mark.log == identity && here.is_some_and(|(fingerprint, _)| fingerprint == mark.fingerprint) {
             continue;
         }

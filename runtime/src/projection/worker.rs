@@ -381,9 +381,7 @@ impl Work {
 fn is_transient(error: &Error) -> bool {
     match error {
         Error::Log(_) | Error::Host(_) | Error::View(view::Error::Sqlite { .. } | view::Error::File { .. }) => true,
-        Error::FirstBatch { .. } => false,
-        Error::View(_) | Error::Plugin(_) | Error::Event { .. } | Error::LogReplaced { .. } | Error::Record { .. } => {
-            false
-        }
+        Error::FirstBatch { .. } | Error::Record { .. } | Error::Types => false,
+        Error::View(_) | Error::Plugin(_) | Error::Event { .. } | Error::LogReplaced { .. } => false,
     }
 }

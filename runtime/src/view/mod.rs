@@ -5,6 +5,7 @@
 //! view, [`readers`] runs it, [`sql`] runs SQL over all of them, [`render`] shows rows.
 
 mod catalogue;
+mod changes;
 mod generation;
 pub mod query;
 pub mod readers;
@@ -17,7 +18,8 @@ use std::path::PathBuf;
 use crate::model::Checkpoint;
 
 pub use catalogue::{Catalogue, GenerationRecord, ProjectionRecord, Role};
-pub use generation::{Changes, Commit, CommittedRows, Committer, Generation, Mark, Order, Run};
+pub use changes::Changes;
+pub use generation::{Commit, CommittedRows, Committer, Generation, Mark, Order, Run};
 pub use row::Table;
 
 /// What can go wrong with stored views.
