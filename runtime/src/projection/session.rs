@@ -167,10 +167,11 @@ impl Session {
             Some(instance) => instance,
             none => none.insert(job.module.instantiate(self.state.clone())?),
         };
-        let changes = instance.apply(&encoded)?;
+        let changes = instance.apply(&encoded);
         let tables = self.tables.clone();
-        let absorbed = self.state().pending.absorb(&tables, changes);
-        absorbed.map_err(|message| Failure::Trap { message })
+        let mut state = self.state();
+        state.committed.release().map_err(|error| Failure::Host(error.to_string()))?;
+        state.pending.absorb(&tables, changes?).map_err(|message| Failure::Trap { message })
     }
 
     fn succeeded(&mut self, most: usize) {
