@@ -90,3 +90,16 @@ fn a_plugin_sees_nothing_of_the_world() {
     let again = world.rows_at("sights", "left=0");
     assert!(again.iter().any(|r| r["what"] == "random" && r["seen"] == random.as_str()));
 }
+
+#[test]
+fn instances_that_look_for_a_bad_event_read_the_latest_commit() {
+    let world = World::running(&["ledger"]);
+    let mut lines: Vec<String> = (0..100).map(|n| moved("left", n, "one account", n)).collect();
+    lines.push(event("left", "Panics", "bad", 100, json!({})));
+    lines.extend((101..300).map(|n| moved("left", n, "one account", n)));
+    world.append(&lines);
+    world.wait_until("ledger", "the fault", |p| p["state"] == "faulted");
+    let rows = world.get("/views/ledger").json();
+    // Each half begins on a fresh instance, which knows the row only from the commit before.
+    assert_eq!((&rows[0]["events"], &rows[0]["amount"]), (&json!(100), &json!(99 * 100 / 2)));
+}

@@ -48,6 +48,11 @@ pub mod limits {
     pub const CHUNK_EVENTS: usize = 4096;
     /// Bytes of events that the log reads at once, unless one event alone is larger.
     pub const CHUNK_BYTES: usize = 4 << 20;
+    /// Events in a batch after which a projection that comes to rest keeps its instance and its buffers, some 100 KB;
+    /// after larger ones it gives them back, and begins with a fresh instance at the next event.
+    pub const SMALL_BATCH: usize = 1_000;
+    /// Changed rows in a commit after which the database gives its cache back, if nothing follows.
+    pub const SMALL_COMMIT: usize = 1_000;
     /// Chunks that are read ahead of a projection that catches up, in each of its sources.
     pub const READ_AHEAD_CHUNKS: usize = 4;
     /// Threads that read ahead, for all projections together. One reads as fast as one projection can apply; two, when

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use super::Error;
 use super::merge::{Merge, Step, checkpoint, done};
 use super::worker::{Course, Job};
-use crate::config::BatchLimits;
+use crate::config::{BatchLimits, limits};
 use crate::model::{Checkpoint, Columns, Position, Time};
 use crate::plugin::{Failure, Instance, RowError, Rows};
 use crate::view::{self, Changes, Commit, CommittedRows, Committer, Generation, Mark, Run, Table};
@@ -79,6 +79,8 @@ pub(super) struct Session {
     has_applied: bool,
     /// Events in the next batch, at most.
     size: usize,
+    /// Events in the largest batch since the last rest.
+    largest: usize,
     /// How many of the next events were in a batch that failed: the bad one is among them.
     pub(super) suspect: usize,
     pub(super) rate: Rate,
@@ -109,6 +111,7 @@ impl Session {
             last_commit: Instant::now(),
             has_applied: false,
             size: job.limits.events,
+            largest: 0,
             suspect: 0,
             rate: Rate { since: Instant::now(), events: 0, events_a_second: 0.0 },
         })
@@ -138,6 +141,16 @@ impl Session {
             || state.pending.bytes() >= limits.commit_bytes
             || self.runs.len() >= limits.commit_rows
             || (self.has_uncommitted() && self.last_commit.elapsed() >= limits.commit_interval)
+    }
+
+    /// There is nothing to do for now. What only a large batch needed is given back: with hundreds of projections at
+    /// rest, each would hold some ten megabytes.
+    pub(super) fn relax(&mut self) {
+        if std::mem::take(&mut self.largest) > limits::SMALL_BATCH {
+            self.instance = None;
+            self.batch = Columns::new(self.batch.set());
+            self.state().committed.shrink();
+        }
     }
 
     /// Reads and applies one batch. After a failure, everything before the batch is committed, and the next batch is
@@ -176,6 +189,7 @@ impl Session {
 
     fn succeeded(&mut self, most: usize) {
         let events = self.batch.len();
+        self.largest = self.largest.max(events);
         self.has_applied = true;
         self.rate.count(events);
         self.suspect = self.suspect.saturating_sub(events);
@@ -205,7 +219,7 @@ impl Session {
         let alone = events == 1 || first_bad == Some(0);
         let culprit = alone.then(|| self.describe_event(job, 0, &failure)).transpose()?;
         self.end_commit(true)?;
-        self.begin_commit(job)?;
+        self.begin_commit(job, false)?;
         self.end_commit(true)?;
         if let Some(culprit) = culprit {
             return Err(culprit);
@@ -229,8 +243,9 @@ impl Session {
         Ok(Error::Event { source_name, position, event_type, id, reason: failure.to_string() })
     }
 
-    /// Begins to commit what was applied. The commit before must have ended. An error makes the session void.
-    pub(super) fn begin_commit(&mut self, job: &Job) -> Result<(), Error> {
+    /// Begins to commit what was applied. The commit before must have ended. `rests`: nothing follows for now. An error
+    /// makes the session void.
+    pub(super) fn begin_commit(&mut self, job: &Job, rests: bool) -> Result<(), Error> {
         let mut marks = Vec::new();
         for (i, applied) in self.applied.iter().enumerate() {
             let Some((position, time)) = applied.filter(|_| *applied != self.committed[i]) else { continue };
@@ -249,7 +264,7 @@ impl Session {
         let runs = std::mem::take(&mut self.runs);
         self.committing = Some((self.applied.clone(), std::mem::take(&mut self.has_applied)));
         self.last_commit = Instant::now();
-        self.committer.begin(Commit { marks, changes, runs, module: job.module.hash.clone() });
+        self.committer.begin(Commit { marks, changes, runs, module: job.module.hash.clone(), rests });
         Ok(())
     }
 

@@ -264,6 +264,7 @@ impl Work {
             return Ok(());
         }
         self.publish(|p| p.activity = Activity::AtHead);
+        session.relax();
         if let Wake::Command(command) = self.rest(session, step)?
             && !self.obey(command)
         {
@@ -298,7 +299,7 @@ impl Work {
     fn commit(&mut self, session: &mut Session, due: bool, wait: bool) -> Result<(), Leave> {
         let mut ended = session.end_commit(due || wait)?;
         if due {
-            session.begin_commit(&self.job)?;
+            session.begin_commit(&self.job, wait)?;
             if let Some(had_applied) = session.end_commit(wait)? {
                 ended = Some(had_applied || ended == Some(true));
             }

@@ -56,6 +56,8 @@ pub struct Commit {
     pub runs: Vec<Run>,
     /// The hash of the module that made the changes.
     pub module: String,
+    /// Nothing follows for now.
+    pub rests: bool,
 }
 
 /// A generation's file, opened by its one writer.
@@ -245,6 +247,12 @@ impl CommittedRows {
         }
         Ok(())
     }
+
+    /// Gives memory back that reading again would fill.
+    pub fn shrink(&mut self) {
+        // Best effort: the cache is bounded anyway.
+        let _ = self.connection.execute_batch("PRAGMA shrink_memory");
+    }
 }
 
 /// Commits on a thread of its own, one commit after the other, so that its owner can go on applying meanwhile. Dropping
@@ -264,6 +272,10 @@ impl Committer {
         let commit_all = move || {
             for commit in received {
                 let result = generation.commit(&commit);
+                if commit.rests && commit.changes.rows() > limits::SMALL_COMMIT {
+                    // Best effort: the cache is bounded anyway.
+                    let _ = generation.connection.execute_batch("PRAGMA shrink_memory");
+                }
                 // Rows are freed here, beside the applying; the result must find them gone.
                 drop(commit);
                 if done.send(result).is_err() {
