@@ -63,6 +63,14 @@ fn an_exit() {
 }
 
 #[test]
+fn a_plugin_gets_the_columns_that_it_reads() {
+    let world = World::running(&["ledger+columns"]);
+    world.append(&[moved("left", 0, "a", 1), moved("right", 0, "a", 1)]);
+    let rows = world.rows_at("sights", "left=0,right=0");
+    assert_eq!(rows, [json!({ "what": "left-0", "seen": "s" }), json!({ "what": "right-0", "seen": "s" })]);
+}
+
+#[test]
 fn a_flood_of_output_is_cut_and_harms_nobody() {
     let world = World::running(&["ledger"]);
     world.append(&[event("left", "Prints", "p", 0, json!({})), moved("left", 1, "a", 1)]);

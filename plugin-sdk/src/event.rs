@@ -41,6 +41,10 @@ pub trait Events {
     #[doc(hidden)]
     const SUBSCRIPTIONS: &'static [Subscription];
 
+    /// Whether any of the variants is made of a payload.
+    #[doc(hidden)]
+    const PARSES: bool;
+
     /// Makes the variant with this index of a payload.
     #[doc(hidden)]
     fn parse<'a>(variant: u16, payload: Payload<'a>) -> Result<Self::Of<'a>, Error>;

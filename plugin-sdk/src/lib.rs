@@ -230,6 +230,15 @@ pub use shadowbox_plugin_macros::View;
 ///   beside the old ones, and switches when they have caught up.
 /// - `views(...)`: the rows' types. Views are complete to the same position together.
 ///
+/// # What it is given
+///
+/// The host sends only the columns that the function can use. `version`, `stream`, `id`, `metadata` and `payload` are
+/// left out if it visibly does not read them, and payloads only if no variant holds one. It is visible if every mention
+/// of the event is `event.field`, outside of macro calls, and if no macros or attributes stand in the function but those
+/// of the language and of this crate. Whatever else is done with the event, such as passing it on, taking it apart or
+/// printing it, gives the function all columns; so no field is ever empty because it was left out. The key `batch` of
+/// the manifest tells which they are.
+///
 /// In place of the function stands a type of its name, which implements [`Projection`], and a function that makes one,
 /// which is what [`TestKit::new`] takes. For `wasm32` the type is also exported as the plugin's component, so a crate has
 /// one projection.

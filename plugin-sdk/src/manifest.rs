@@ -15,6 +15,8 @@ struct Manifest {
     version: u32,
     sources: Vec<Source>,
     views: Vec<View>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    batch: Option<Vec<&'static str>>,
 }
 
 #[derive(Serialize)]
@@ -63,7 +65,13 @@ pub(crate) fn of<P: Projection>() -> String {
         key: view.schema.key,
         indexes: view.schema.indexes,
     });
-    let manifest =
-        Manifest { contract: CONTRACT, projection: P::NAME, version: P::VERSION, sources, views: views.collect() };
+    let manifest = Manifest {
+        contract: CONTRACT,
+        projection: P::NAME,
+        version: P::VERSION,
+        sources,
+        views: views.collect(),
+        batch: definition.columns,
+    };
     serde_json::to_string(&manifest).expect("a manifest holds nothing that JSON cannot")
 }

@@ -40,8 +40,15 @@ pub struct Failure {
 #[doc(hidden)]
 pub struct Definition {
     pub(crate) subscriptions: &'static [Subscription],
+    /// The batch columns that it reads, of those that may be absent; None for all.
+    pub(crate) columns: Option<Vec<&'static str>>,
     pub(crate) views: Vec<ViewDefinition>,
+    /// Whether events are made of payloads.
+    parses: bool,
 }
+
+/// The one optional column that is read for more than the field of the same name.
+const PAYLOADS: &str = "payloads";
 
 pub(crate) struct ViewDefinition {
     pub(crate) schema: Schema,
@@ -53,7 +60,19 @@ impl Definition {
     /// A definition without views, for a function that takes `E`.
     #[doc(hidden)]
     pub fn new<E: Events>(_: Takes<E>) -> Self {
-        Self { subscriptions: E::SUBSCRIPTIONS, views: Vec::new() }
+        Self { subscriptions: E::SUBSCRIPTIONS, columns: None, views: Vec::new(), parses: E::PARSES }
+    }
+
+    /// Says that the function can use none of the optional columns but these.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn reads(mut self, columns: &[&'static str]) -> Self {
+        let mut columns = columns.to_vec();
+        if self.parses && !columns.contains(&PAYLOADS) {
+            columns.push(PAYLOADS);
+        }
+        self.columns = Some(columns);
+        self
     }
 
     /// Adds a view.

@@ -427,31 +427,41 @@ impl Store for Memory {
 
 /// Applies one batch and stores what comes back.
 fn apply<P: Projection>(instance: &mut Instance<P>, store: &Memory, events: &[Delivered]) -> Result<u64, Failure> {
-    let changes = instance.apply(&encode(events))?;
+    let changes = instance.apply(&encode(events, P::definition().columns.as_deref()))?;
     Ok(store.commit(&changes).expect("the changes are well formed"))
 }
 
+/// Without those that the projection does not read, as the host sends them.
 #[derive(Serialize)]
 struct Columns<'a> {
     positions: &'a Bytes,
     times: &'a Bytes,
-    versions: &'a Bytes,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    versions: Option<&'a Bytes>,
     sources: Vec<&'a str>,
     source: &'a Bytes,
     types: Vec<&'a str>,
     r#type: &'a Bytes,
-    streams: &'a Bytes,
-    stream_ends: &'a Bytes,
-    ids: &'a Bytes,
-    id_ends: &'a Bytes,
-    payloads: &'a Bytes,
-    payload_ends: &'a Bytes,
-    metadata: &'a Bytes,
-    metadata_ends: &'a Bytes,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    streams: Option<&'a Bytes>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stream_ends: Option<&'a Bytes>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ids: Option<&'a Bytes>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    id_ends: Option<&'a Bytes>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    payloads: Option<&'a Bytes>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    payload_ends: Option<&'a Bytes>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    metadata: Option<&'a Bytes>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    metadata_ends: Option<&'a Bytes>,
 }
 
-/// The batch as the host would send it.
-fn encode(events: &[Delivered]) -> Vec<u8> {
+/// The batch as the host would send it to a projection that reads these of the optional columns; None for all.
+fn encode(events: &[Delivered], wanted: Option<&[&str]>) -> Vec<u8> {
     let mut positions = Vec::new();
     let mut times = Vec::new();
     let mut versions = Vec::new();
@@ -472,22 +482,23 @@ fn encode(events: &[Delivered]) -> Vec<u8> {
         push(&mut payloads, &event.payload);
         push(&mut metadata, event.metadata.as_bytes());
     }
+    let optional = |name, column| wanted.is_none_or(|wanted| wanted.contains(&name)).then_some(Bytes::new(column));
     let columns = Columns {
         positions: Bytes::new(&positions),
         times: Bytes::new(&times),
-        versions: Bytes::new(&versions),
+        versions: optional("versions", &versions),
         sources: sources.names,
         source: Bytes::new(&sources.indices),
         types: types.names,
         r#type: Bytes::new(&types.indices),
-        streams: Bytes::new(&streams.0),
-        stream_ends: Bytes::new(&streams.1),
-        ids: Bytes::new(&ids.0),
-        id_ends: Bytes::new(&ids.1),
-        payloads: Bytes::new(&payloads.0),
-        payload_ends: Bytes::new(&payloads.1),
-        metadata: Bytes::new(&metadata.0),
-        metadata_ends: Bytes::new(&metadata.1),
+        streams: optional("streams", &streams.0),
+        stream_ends: optional("streams", &streams.1),
+        ids: optional("ids", &ids.0),
+        id_ends: optional("ids", &ids.1),
+        payloads: optional("payloads", &payloads.0),
+        payload_ends: optional("payloads", &payloads.1),
+        metadata: optional("metadata", &metadata.0),
+        metadata_ends: optional("metadata", &metadata.1),
     };
     rmp_serde::to_vec_named(&columns).expect("a batch can be encoded")
 }

@@ -57,6 +57,7 @@ pub(crate) fn expand(input: &DeriveInput) -> Result<TokenStream> {
     let default_source = default_source(&input.attrs)?;
     let of = &input.ident;
     let (mut subscriptions, mut arms) = (Vec::new(), Vec::new());
+    let parses = !data.variants.iter().all(|variant| matches!(variant.fields, Fields::Unit));
     for (i, variant) in data.variants.iter().enumerate() {
         let index = u16::try_from(i).map_err(|_| Error::new(variant.ident.span(), "too many variants"))?;
         subscribe(variant, index, default_source.as_ref(), &mut subscriptions)?;
@@ -72,7 +73,7 @@ pub(crate) fn expand(input: &DeriveInput) -> Result<TokenStream> {
             }
         });
     }
-    Ok(implement(input, &subscriptions, &arms))
+    Ok(implement(input, &subscriptions, parses, &arms))
 }
 
 fn default_source(attributes: &[Attribute]) -> Result<Option<LitStr>> {
@@ -129,7 +130,7 @@ fn subscribe(
     Ok(())
 }
 
-fn implement(input: &DeriveInput, subscriptions: &[Subscription], arms: &[TokenStream]) -> TokenStream {
+fn implement(input: &DeriveInput, subscriptions: &[Subscription], parses: bool, arms: &[TokenStream]) -> TokenStream {
     let (sdk, name) = (quote!(::shadowbox_plugin), &input.ident);
     let (of_any, of_batch) = match input.generics.lifetimes().next() {
         Some(_) => (quote!(<'_>), quote!(<'a>)),
@@ -145,6 +146,7 @@ fn implement(input: &DeriveInput, subscriptions: &[Subscription], arms: &[TokenS
         impl #sdk::Events for #name #of_any {
             type Of<'a> = #name #of_batch;
             const SUBSCRIPTIONS: &'static [#sdk::__private::Subscription] = &[#(#subscriptions),*];
+            const PARSES: bool = #parses;
 
             fn parse<'a>(
                 variant: u16,

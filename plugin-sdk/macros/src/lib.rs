@@ -3,6 +3,7 @@
 //! - `view`: `#[derive(View)]`, a struct becomes a table.
 //! - `events`: `#[derive(Events)]`, an enum becomes a subscription and a parser.
 //! - `text_enum`: `#[derive(TextEnum)]`, an enum becomes a text column.
+//! - `columns`: which columns of a batch a projection's function can use.
 //! - `projection`: `#[projection]`, a function becomes a projection and, for `wasm32`, a component.
 //! - `names`: the contract's rules for names and globs, checked while compiling.
 //!
@@ -11,6 +12,7 @@
 use proc_macro::TokenStream;
 use quote::ToTokens;
 
+mod columns;
 mod events;
 mod names;
 mod projection;

@@ -58,6 +58,7 @@ pub(crate) fn expand(arguments: &Arguments, function: ItemFn) -> Result<TokenStr
     let docs: Vec<_> = function.attrs.iter().filter(|attribute| attribute.path().is_ident("doc")).collect();
     let names = views.iter().map(|view| quote_spanned!(view.span()=> <#view as ::shadowbox_plugin::View>::SCHEMA.name));
     let views = views.iter().map(|view| quote_spanned!(view.span()=> .view::<#view>()));
+    let columns = crate::columns::wanted(&function).map(|columns| quote!(.reads(&[#(#columns),*])));
     let mut function_inside = function.clone();
     function_inside.vis = syn::Visibility::Inherited;
     Ok(quote! {
@@ -83,7 +84,7 @@ pub(crate) fn expand(arguments: &Arguments, function: ItemFn) -> Result<TokenStr
                 const VERSION: u32 = #version;
 
                 fn definition() -> #sdk::__private::Definition {
-                    #sdk::__private::Definition::new(#sdk::__private::takes(#name)) #(#views)*
+                    #sdk::__private::Definition::new(#sdk::__private::takes(#name)) #columns #(#views)*
                 }
                 fn run(
                     batch: &#sdk::__private::Batch<'_>,

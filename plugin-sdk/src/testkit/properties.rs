@@ -284,6 +284,7 @@ proptest! {
     ) {
         let mut bytes = encode(
             &(0..).zip(&ops).map(|(i, op)| TestEvent::new("test", "Op", op).deliver(i, 0)).collect::<Vec<_>>(),
+            None,
         );
         prop_assert!(Batch::decode(&bytes).is_ok());
         for (at, byte) in changes {

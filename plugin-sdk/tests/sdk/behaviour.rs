@@ -217,6 +217,58 @@ fn the_manifest_says_what_the_macros_read() {
     assert_eq!(TestKit::new(behaviour).manifest(), expected);
 }
 
+/// Projections that read only some of the columns of a batch.
+mod columns {
+    use super::*;
+
+    #[derive(Events)]
+    #[events(source = "a")]
+    enum Unit {
+        #[event("*")]
+        Any,
+    }
+
+    #[projection(name = "reads-two", version = 1, views(Row))]
+    fn reads_two(event: Event<Unit>, views: &mut Views) -> Result<()> {
+        let Unit::Any = event.data;
+        let mut text = event.stream.to_owned();
+        text.push_str(event.event_type);
+        views.put(Row { id: event.id.into(), text, ..Default::default() })
+    }
+
+    #[projection(name = "reads-none", version = 1, views(Row))]
+    fn reads_none(event: Event<Unit>, views: &mut Views) -> Result<()> {
+        views.upsert::<Row>(event.source, |row| row.real += 1.0)
+    }
+
+    #[projection(name = "parses", version = 1, views(Row))]
+    fn parses(event: Event<Fact>, views: &mut Views) -> Result<()> {
+        match event.data {
+            Fact::Put(e) => views.put(Row { id: e.id.into(), text: event.metadata.into(), ..Default::default() }),
+            _ => Ok(()),
+        }
+    }
+
+    #[test]
+    fn the_manifest_asks_for_what_the_function_reads() {
+        assert_eq!(TestKit::new(reads_two).manifest()["batch"], json!(["streams", "ids"]));
+        assert_eq!(TestKit::new(reads_none).manifest()["batch"], json!([]));
+        assert_eq!(TestKit::new(parses).manifest()["batch"], json!(["metadata", "payloads"]));
+        // It takes the event apart.
+        assert!(TestKit::new(behaviour).manifest().get("batch").is_none());
+    }
+
+    #[test]
+    fn what_it_reads_arrives() {
+        let event = TestEvent::new("a", "X", ()).id("e-1").stream("s-", 4);
+        assert_eq!(TestKit::new(reads_two).given_all([event]).row::<Row>("e-1").unwrap().text, "s-X");
+        let kit = TestKit::new(reads_none).given("a", "X", ()).given("a", "Y", ());
+        assert_eq!(kit.row::<Row>("a").unwrap().real, 2.0);
+        let event = TestEvent::new("a", "Put", put("1")).metadata(&json!({ "tenant": "t" }));
+        assert_eq!(TestKit::new(parses).given_all([event]).row::<Row>("1").unwrap().text, r#"{"tenant":"t"}"#);
+    }
+}
+
 #[cfg(all(feature = "uuid", feature = "decimal"))]
 #[test]
 fn uuids_and_decimals_are_columns() {
