@@ -5,21 +5,20 @@
 //! costs a fraction of a hash lookup an event, keeps what is hot, and bounds what stays from batch to batch. What one
 //! batch touches always fits, because the host bounds the batch.
 
-use std::hash::Hasher;
 use std::rc::Rc;
 
 use hashbrown::HashTable;
-use rustc_hash::FxHasher;
 
-use crate::column::value::{read_bin, write_bin, written};
+use crate::column::value::{read_bin, write_bin, write_int, written};
+use crate::key::{self, KeyHasher};
 use crate::projection::Failure;
 use crate::view::{View, decode};
 use crate::views::{AnyTable, Store};
 use crate::{Error, Result};
 
 /// The operations of a change, as the contract numbers them.
-const PUT: u64 = 0;
-const DELETE: u64 = 1;
+const PUT: i64 = 0;
+const DELETE: i64 = 1;
 
 /// How much a table keeps from batch to batch.
 #[derive(Clone, Copy, Debug)]
@@ -43,7 +42,7 @@ pub(crate) struct Table<V> {
     view: u32,
     store: Rc<dyn Store>,
     limits: Limits,
-    /// Indices into `entries`, by the hash of the encoded key.
+    /// Indices into `entries`, by the hash of the key.
     index: HashTable<u32>,
     entries: Vec<Entry<V>>,
     /// The entries that this batch has changed, in the order of their first change: the order is part of the answer,
@@ -53,7 +52,7 @@ pub(crate) struct Table<V> {
     /// Entries used in the current generation, and their bytes.
     young: usize,
     young_bytes: usize,
-    /// The encoded key of the call at work; kept for its memory.
+    /// An encoded key that is needed for the moment; kept for its memory.
     key: Vec<u8>,
     /// The encoded row while changes are written; kept for its memory.
     row: Vec<u8>,
@@ -75,11 +74,16 @@ enum State<V> {
 }
 
 impl<V: View> State<V> {
-    /// The state of a key that is given in both ways.
-    fn is_of(&self, key: V::Key<'_>, encoded: &[u8]) -> bool {
+    /// `encoded` is memory for the key, which only an absent row needs in this form.
+    #[inline]
+    fn is_of(&self, key: V::Key<'_>, encoded: &mut Vec<u8>) -> bool {
         match self {
             Self::Row(row) => row.has_key(key),
-            Self::Absent(absent) => **absent == *encoded,
+            Self::Absent(absent) => {
+                encoded.clear();
+                V::encode_key(key, encoded);
+                key::same(absent, encoded)
+            }
         }
     }
 }
@@ -103,10 +107,11 @@ impl<V: View> Table<V> {
 
     /// The entry of this key, read from the host if it is not cached.
     pub(crate) fn row(&mut self, key: V::Key<'_>) -> Result<usize> {
-        let hash = self.encode(key);
+        let hash = hash::<V>(key);
         if let Some(entry) = self.find(hash, key) {
             return Ok(entry);
         }
+        self.encode(key);
         let stored = self.store.get(self.view, &self.key);
         self.insert_stored(hash, stored.as_deref())
     }
@@ -120,12 +125,13 @@ impl<V: View> Table<V> {
 
     pub(crate) fn put(&mut self, row: V, event: u32) -> Result<()> {
         check(&row)?;
-        let hash = self.encode(row.key());
+        let hash = hash::<V>(row.key());
         let entry = match self.find(hash, row.key()) {
             Some(entry) => {
                 self.entries[entry].state = State::Row(row);
                 entry
             }
+            // What it weighs is known when it is written, at the end of the batch.
             None => self.insert(hash, State::Row(row), 0),
         };
         self.mark(entry, event);
@@ -133,14 +139,16 @@ impl<V: View> Table<V> {
     }
 
     pub(crate) fn delete(&mut self, key: V::Key<'_>, event: u32) {
-        let hash = self.encode(key);
+        let hash = hash::<V>(key);
+        let found = self.find(hash, key);
+        self.encode(key);
         let absent = State::Absent(self.key.as_slice().into());
-        let entry = match self.find(hash, key) {
+        let entry = match found {
             Some(entry) => {
                 self.entries[entry].state = absent;
                 entry
             }
-            None => self.insert(hash, absent, 0),
+            None => self.insert(hash, absent, self.key.len()),
         };
         self.mark(entry, event);
     }
@@ -175,8 +183,8 @@ impl<V: View> Table<V> {
         let mut missing: Vec<V::Key<'k>> = Vec::new();
         let mut request = Vec::new();
         for key in keys {
-            let hash = self.encode(key);
-            if self.find(hash, key).is_none() {
+            if self.find(hash::<V>(key), key).is_none() {
+                self.encode(key);
                 missing.push(key);
                 write_bin(&mut request, &self.key);
             }
@@ -200,28 +208,29 @@ impl<V: View> Table<V> {
                 }
                 _ => Some(read_bin(&mut answer)?),
             };
-            let hash = self.encode(key);
+            let hash = hash::<V>(key);
             // A key that was named twice is there by now.
             if self.find(hash, key).is_none() {
+                self.encode(key);
                 self.insert_stored(hash, stored)?;
             }
         }
         Ok(())
     }
 
-    /// Encodes the key into `self.key`, and returns its hash.
-    fn encode(&mut self, key: V::Key<'_>) -> u64 {
+    /// Encodes the key into `self.key`.
+    fn encode(&mut self, key: V::Key<'_>) {
         self.key.clear();
         V::encode_key(key, &mut self.key);
-        let mut hasher = FxHasher::default();
-        hasher.write(&self.key);
-        hasher.finish()
     }
 
-    /// The entry of the key that is also in `self.key`, from now on of the current generation.
+    /// The entry of the key, from now on of the current generation.
     fn find(&mut self, hash: u64, key: V::Key<'_>) -> Option<usize> {
         let Self { index, entries, key: encoded, generation, young, young_bytes, .. } = self;
-        let entry = *index.find(hash, |&entry| entries[entry as usize].state.is_of(key, encoded))? as usize;
+        let entry = *index.find(hash, |&entry| {
+            let entry = &entries[entry as usize];
+            entry.hash == hash && entry.state.is_of(key, encoded)
+        })? as usize;
         let found = &mut entries[entry];
         if found.generation != *generation {
             found.generation = *generation;
@@ -237,12 +246,12 @@ impl<V: View> Table<V> {
             Some(row) => State::Row(decode(&self.key, row)?),
             None => State::Absent(self.key.as_slice().into()),
         };
-        Ok(self.insert(hash, state, stored.map_or(0, <[u8]>::len)))
+        Ok(self.insert(hash, state, self.key.len() + stored.map_or(0, <[u8]>::len)))
     }
 
-    /// A new entry for the key in `self.key`.
-    fn insert(&mut self, hash: u64, state: State<V>, row_bytes: usize) -> usize {
-        let bytes = (self.key.len() + row_bytes) as u32;
+    /// A new entry. `bytes` is what its key and its row take, encoded.
+    fn insert(&mut self, hash: u64, state: State<V>, bytes: usize) -> usize {
+        let bytes = bytes as u32;
         let entry = self.entries.len();
         self.entries.push(Entry { hash, state, changed_by: 0, generation: self.generation, bytes });
         let entries = &self.entries;
@@ -305,8 +314,8 @@ impl<V: View> AnyTable for Table<V> {
                 State::Absent(key) => (DELETE, &**key),
             };
             written(rmp::encode::write_array_len(out, 4));
-            written(rmp::encode::write_uint(out, u64::from(*view)));
-            written(rmp::encode::write_uint(out, op));
+            write_int(out, i64::from(*view));
+            write_int(out, op);
             write_bin(out, key);
             write_bin(out, encoded);
             entry.changed_by = 0;
@@ -328,6 +337,14 @@ fn change_row<V: View>(row: &mut V, key: V::Key<'_>, change: impl FnOnce(&mut V)
     check(row)
 }
 
+#[inline]
+fn hash<V: View>(key: V::Key<'_>) -> u64 {
+    let mut hasher = KeyHasher::default();
+    V::hash_key(key, &mut hasher);
+    hasher.finish()
+}
+
+#[inline]
 fn check<V: View>(row: &V) -> Result<()> {
     row.check().map_err(|error| error.within(format_args!("a row of `{}`", V::SCHEMA.name)))
 }
@@ -353,6 +370,9 @@ mod tests {
         }
         fn has_key(&self, key: i64) -> bool {
             self.0 == key
+        }
+        fn hash_key(key: i64, hasher: &mut KeyHasher) {
+            hasher.number(key as u64);
         }
         fn encode_key(key: i64, out: &mut Vec<u8>) {
             out.extend(key.to_le_bytes());

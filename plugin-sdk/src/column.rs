@@ -7,6 +7,7 @@ use std::ops::{Deref, DerefMut};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::key::{self, KeyHasher};
 use crate::{Error, Timestamp};
 
 /// The type of a column in the manifest.
@@ -95,6 +96,9 @@ pub trait KeyColumn: Column {
     fn is_key(&self, key: Self::Key<'_>) -> bool;
 
     #[doc(hidden)]
+    fn hash_key(key: Self::Key<'_>, hasher: &mut KeyHasher);
+
+    #[doc(hidden)]
     fn encode_key(key: Self::Key<'_>, out: &mut Vec<u8>);
 
     /// The order of the encoded values as the host's database has it.
@@ -175,16 +179,46 @@ pub(crate) mod value {
         result.expect("writing to memory cannot fail");
     }
 
+    // By hand, where `rmp` takes several calls for a value: this is most of what a batch's changes cost to write. A
+    // property test compares.
+
+    #[inline]
     pub(crate) fn write_str(out: &mut Vec<u8>, text: &str) {
-        written(rmp::encode::write_str(out, text));
+        match text.len() {
+            n @ 0..32 => out.push(0xa0 | n as u8),
+            n => write_len(out, [0xd9, 0xda, 0xdb], n),
+        }
+        out.extend_from_slice(text.as_bytes());
     }
 
+    #[inline]
     pub(crate) fn write_bin(out: &mut Vec<u8>, bytes: &[u8]) {
-        written(rmp::encode::write_bin(out, bytes));
+        write_len(out, [0xc4, 0xc5, 0xc6], bytes.len());
+        out.extend_from_slice(bytes);
     }
 
+    #[inline]
+    fn write_len(out: &mut Vec<u8>, markers: [u8; 3], n: usize) {
+        if let Ok(n) = u8::try_from(n) {
+            out.extend_from_slice(&[markers[0], n]);
+        } else if let Ok(n) = u16::try_from(n) {
+            out.push(markers[1]);
+            out.extend_from_slice(&n.to_be_bytes());
+        } else {
+            out.push(markers[2]);
+            out.extend_from_slice(&(n as u32).to_be_bytes());
+        }
+    }
+
+    #[inline]
     pub(crate) fn write_int(out: &mut Vec<u8>, n: i64) {
-        written(rmp::encode::write_sint(out, n));
+        // A small number is its own byte, or that of its complement.
+        match n {
+            -32..128 => out.push(n as u8),
+            128..0x100 => out.extend_from_slice(&[0xcc, n as u8]),
+            -0x80..-32 => out.extend_from_slice(&[0xd0, n as u8]),
+            _ => written(rmp::encode::write_sint(out, n)),
+        }
     }
 
     pub(crate) fn read_str<'a>(input: &mut &'a [u8]) -> Result<&'a str, Error> {
@@ -227,8 +261,13 @@ impl KeyColumn for String {
     fn from_key(key: &str) -> Self {
         key.to_owned()
     }
+    #[inline]
     fn is_key(&self, key: &str) -> bool {
-        self == key
+        key::same(self.as_bytes(), key.as_bytes())
+    }
+    #[inline]
+    fn hash_key(key: &str, hasher: &mut KeyHasher) {
+        hasher.bytes(key.as_bytes());
     }
     fn encode_key(key: &str, out: &mut Vec<u8>) {
         value::write_str(out, key);
@@ -257,8 +296,13 @@ impl KeyColumn for Vec<u8> {
     fn from_key(key: &[u8]) -> Self {
         key.to_vec()
     }
+    #[inline]
     fn is_key(&self, key: &[u8]) -> bool {
-        self == key
+        key::same(self, key)
+    }
+    #[inline]
+    fn hash_key(key: &[u8], hasher: &mut KeyHasher) {
+        hasher.bytes(key);
     }
     fn encode_key(key: &[u8], out: &mut Vec<u8>) {
         value::write_bin(out, key);
@@ -270,7 +314,7 @@ impl KeyColumn for Vec<u8> {
 
 /// Column and key types that are small, are passed by value, and encode without failing.
 macro_rules! copy_columns {
-    ($($(#[$attribute:meta])* $type:ty => $column:ident, $write:expr, $read:expr;)*) => {$(
+    ($($(#[$attribute:meta])* $type:ty => $column:ident, $hash:expr, $write:expr, $read:expr;)*) => {$(
         $(#[$attribute])*
         impl Column for $type {
             const TYPE: ColumnType = ColumnType::$column;
@@ -293,8 +337,14 @@ macro_rules! copy_columns {
             fn from_key(key: Self) -> Self {
                 key
             }
+            #[inline]
             fn is_key(&self, key: Self) -> bool {
                 *self == key
+            }
+            #[inline]
+            fn hash_key(key: Self, hasher: &mut KeyHasher) {
+                let hash: fn(&mut KeyHasher, Self) = $hash;
+                hash(hasher, key);
             }
             fn encode_key(key: Self, out: &mut Vec<u8>) {
                 let write: fn(&mut Vec<u8>, Self) = $write;
@@ -314,18 +364,18 @@ fn narrow<T: TryFrom<i64>>(input: &mut &[u8]) -> Result<T, Error> {
 }
 
 copy_columns! {
-    i64 => Integer, |out, n| value::write_int(out, n), value::read_int;
-    i32 => Integer, |out, n| value::write_int(out, n.into()), narrow;
-    i16 => Integer, |out, n| value::write_int(out, n.into()), narrow;
-    u32 => Integer, |out, n| value::write_int(out, n.into()), narrow;
-    u16 => Integer, |out, n| value::write_int(out, n.into()), narrow;
-    u8 => Integer, |out, n| value::write_int(out, n.into()), narrow;
-    bool => Boolean, |out, b| value::written(rmp::encode::write_bool(out, b)),
+    i64 => Integer, |hasher, n| hasher.number(n as u64), |out, n| value::write_int(out, n), value::read_int;
+    i32 => Integer, |hasher, n| hasher.number(n as u64), |out, n| value::write_int(out, n.into()), narrow;
+    i16 => Integer, |hasher, n| hasher.number(n as u64), |out, n| value::write_int(out, n.into()), narrow;
+    u32 => Integer, |hasher, n| hasher.number(n as u64), |out, n| value::write_int(out, n.into()), narrow;
+    u16 => Integer, |hasher, n| hasher.number(n as u64), |out, n| value::write_int(out, n.into()), narrow;
+    u8 => Integer, |hasher, n| hasher.number(n as u64), |out, n| value::write_int(out, n.into()), narrow;
+    bool => Boolean, |hasher, b| hasher.number(b.into()), |out, b| value::written(rmp::encode::write_bool(out, b)),
         |input| rmp::decode::read_bool(input).map_err(|_| Error::msg("expected a boolean"));
-    Timestamp => Timestamp, |out, time| value::write_int(out, time.as_micros()),
+    Timestamp => Timestamp, |hasher, time| hasher.number(time.as_micros() as u64), |out, time| value::write_int(out, time.as_micros()),
         |input| value::read_int(input).map(Timestamp::from_micros);
     #[cfg(feature = "uuid")]
-    uuid::Uuid => Uuid, |out, uuid| value::write_bin(out, uuid.as_bytes()),
+    uuid::Uuid => Uuid, |hasher, uuid| hasher.bytes(uuid.as_bytes()), |out, uuid| value::write_bin(out, uuid.as_bytes()),
         |input| Ok(uuid::Uuid::from_slice(value::read_bin(input)?)?);
 }
 

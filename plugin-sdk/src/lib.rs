@@ -100,6 +100,7 @@ pub mod component;
 mod error;
 mod event;
 mod glob;
+mod key;
 mod manifest;
 mod projection;
 mod testkit;
@@ -258,6 +259,7 @@ pub mod __private {
     #[cfg(target_arch = "wasm32")]
     pub use crate::component::{self as bindings, export};
     pub use crate::event::{Payload, Subscription};
+    pub use crate::key::KeyHasher;
     pub use crate::projection::{Definition, Failure, Takes, assert_distinct, fold, takes};
     pub use crate::wire::Batch;
 }

@@ -4,6 +4,7 @@ use std::cmp::Ordering;
 
 use crate::Error;
 use crate::column::{Column, ColumnType};
+use crate::key::KeyHasher;
 
 /// One table that a projection maintains, as the type of its rows. Comes from [`#[derive(View)]`](derive@crate::View).
 #[diagnostic::on_unimplemented(
@@ -26,6 +27,9 @@ pub trait View: Sized + 'static {
 
     #[doc(hidden)]
     fn has_key(&self, key: Self::Key<'_>) -> bool;
+
+    #[doc(hidden)]
+    fn hash_key(key: Self::Key<'_>, hasher: &mut KeyHasher);
 
     #[doc(hidden)]
     fn encode_key(key: Self::Key<'_>, out: &mut Vec<u8>);

@@ -70,6 +70,9 @@ pub(crate) fn expand(input: &DeriveInput) -> Result<TokenStream> {
             fn is_key(&self, key: Self) -> bool {
                 #sdk::column::KeyColumn::order(self, &key).is_eq()
             }
+            fn hash_key(key: Self, hasher: &mut #sdk::__private::KeyHasher) {
+                hasher.bytes(#sdk::TextEnum::as_text(key).as_bytes());
+            }
             fn encode_key(key: Self, out: &mut ::std::vec::Vec<u8>) {
                 #sdk::column::text_enum::encode(key, out);
             }

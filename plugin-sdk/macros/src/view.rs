@@ -203,6 +203,9 @@ fn implement(view: &Ident, table: &Table, columns: &[Column<'_>]) -> TokenStream
             fn has_key(&self, #key_pattern: Self::Key<'_>) -> bool {
                 #(#key_types::is_key(&self.#key_fields, #key_fields))&&*
             }
+            fn hash_key(#key_pattern: Self::Key<'_>, hasher: &mut #sdk::__private::KeyHasher) {
+                #(#key_types::hash_key(#key_fields, hasher);)*
+            }
             fn encode_key(#key_pattern: Self::Key<'_>, out: &mut ::std::vec::Vec<u8>) {
                 #(#key_types::encode_key(#key_fields, out);)*
             }

@@ -147,6 +147,21 @@ proptest! {
     }
 }
 
+proptest! {
+    #[test]
+    fn values_are_written_as_a_library_does(n in edgy_int(), len in prop_oneof![0_usize..300, 65_530_usize..65_540]) {
+        let text = "x".repeat(len);
+        let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+        value::write_int(&mut ours, n);
+        value::write_str(&mut ours, &text);
+        value::write_bin(&mut ours, text.as_bytes());
+        rmp::encode::write_sint(&mut theirs, n).unwrap();
+        rmp::encode::write_str(&mut theirs, &text).unwrap();
+        rmp::encode::write_bin(&mut theirs, text.as_bytes()).unwrap();
+        prop_assert_eq!(ours, theirs);
+    }
+}
+
 /// What a test event does to the view `cells`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 enum Op {
