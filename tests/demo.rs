@@ -38,7 +38,7 @@ fn the_demo_shows_two_views_and_serves_until_it_is_stopped() {
     assert!(output.status.success(), "{tries}\n{}", String::from_utf8_lossy(&output.stderr));
     let url = tries.split("curl '").nth(1).unwrap().split("/views").next().unwrap();
     let projections = ureq::get(format!("{url}/projections")).call().unwrap().body_mut().read_to_string().unwrap();
-    assert!(projections.matches("\"error\":null").count() >= 4 && !projections.contains("faulted"), "{projections}");
+    assert!(projections.matches("\"error\":null").count() >= 5 && !projections.contains("faulted"), "{projections}");
     for part in ["\"dep_delay\":", "Shadowbox Air", "\"generation\":2"] {
         assert!(answers.contains(part), "{part:?}\n{answers}");
     }

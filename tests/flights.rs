@@ -4,6 +4,8 @@ use crate::support::{World, module, root};
 
 const POSITION: &str = "flights=36844,fleet=4795,weather=986";
 
+const MODULES: [&str; 3] = ["carrier-performance", "flight-board", "event-counts"];
+
 fn data(file: &str) -> String {
     root().join("tests/data/flights").join(file).to_str().unwrap().to_owned()
 }
@@ -31,12 +33,29 @@ fn wait_complete(world: &World) {
     };
     wait("carrier_performance", "flights=36844,fleet=4795");
     wait("flight_board", POSITION);
+    wait("event_counts", POSITION);
 }
 
 fn assert_as_expected(world: &World) {
     let carriers = world.query("select * from carrier_performance order by carrier");
     let expected = std::fs::read(data("expected/carrier_performance.csv")).unwrap();
     assert_eq!(parse(carriers.as_bytes()), parse(&expected));
+
+    // As tests/data/README.md counts them.
+    let counts = world.query("select source, event_type, events from event_counts order by source, events, event_type");
+    let expected = "fleet,AirlineRegistered,16
+fleet,AirportRegistered,1458
+fleet,AircraftRegistered,3322
+flights,FlightDiverted,39
+flights,FlightCancelled,82
+flights,FlightArrived,11764
+flights,FlightDeparted,11991
+flights,FlightScheduled,12969
+weather,WeatherObserved,987";
+    assert_eq!(counts.lines().skip(1).collect::<Vec<_>>(), expected.lines().collect::<Vec<_>>());
+    // Flights are scheduled in the order of time, beginning a day before the year does.
+    let span = world.query("select first_at, last_at from event_counts where event_type = 'FlightScheduled'");
+    assert!(span.lines().nth(1).unwrap().starts_with("2012-12-31T10:15:00"), "{span}");
 
     let board = world.query(
         "select flight_id, carrier, airline, flight, tailnum, aircraft, origin, dest, status, departs_at, dep_delay,
@@ -53,11 +72,11 @@ fn assert_as_expected(world: &World) {
 #[test]
 fn the_tables_are_right_early_and_after_a_rebuild() {
     // The modules are there first: the events come in the order of the files, not of time.
-    let world = World::running(&["carrier-performance", "flight-board"]);
+    let world = World::running(&MODULES);
     append_all(&world);
     wait_complete(&world);
     assert_as_expected(&world);
-    for name in ["carrier-performance", "flight-board"] {
+    for name in MODULES {
         world.ok(&["rebuild", name, "--wait"]);
         assert_eq!(world.projection(name)["generation"], 2);
     }
@@ -69,7 +88,7 @@ fn the_tables_are_right_when_the_modules_come_late() {
     let mut world = World::new();
     append_all(&world);
     world.start();
-    for name in ["carrier-performance", "flight-board"] {
+    for name in MODULES {
         world.drop_module(name, &module(name));
         world.wait_live(name);
     }

@@ -47,7 +47,7 @@ fn build_modules() -> PathBuf {
         let output = cargo.arg(&target).args(arguments).output().expect("cargo runs");
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     };
-    let examples = ["order-summary", "orders-across-services", "carrier-performance", "flight-board"];
+    let examples = ["order-summary", "carrier-performance", "orders-across-services", "flight-board", "event-counts"];
     build(&examples.iter().flat_map(|name| ["-p", name]).collect::<Vec<_>>());
     for name in examples {
         let file = format!("{}.wasm", name.replace('-', "_"));

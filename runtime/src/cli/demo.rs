@@ -20,7 +20,8 @@ pub(super) struct Demo {
     listen: Option<String>,
 }
 
-const PLUGINS: [&str; 4] = ["order-summary", "orders-across-services", "carrier-performance", "flight-board"];
+const PLUGINS: [&str; 5] =
+    ["order-summary", "carrier-performance", "orders-across-services", "flight-board", "event-counts"];
 
 const EVENTS: [&str; 4] = [
     "tests/data/flights/fleet.jsonl.zst",

@@ -1,5 +1,6 @@
-//! What somebody would write by hand who needs these two views, once and fast, in one thread: parse the borrowed payload,
-//! fold in hash maps, and write the rows that changed, once for each transaction and in the order of their keys.
+//! What somebody would write by hand who needs these views, once and fast, in one thread: read the columns that the views
+//! are made of and no others, parse the borrowed payload, fold in hash maps, and write the rows that changed, once for
+//! each transaction and in the order of their keys.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -7,11 +8,10 @@ use std::path::Path;
 use std::rc::Rc;
 
 use anyhow::{Context, Result, bail};
+use rusqlite::types::ValueRef;
 use rusqlite::{Connection, OpenFlags, Transaction, TransactionBehavior, params};
 use serde::Deserialize;
 use shadowbox::model::Time;
-
-use crate::{Run, Stopwatch};
 
 type Map<K, V> = HashMap<K, V, foldhash::fast::FixedState>;
 
@@ -21,48 +21,63 @@ const ROWS: usize = 50_000;
 /// Flights in a note of those that wait for a fact.
 const ROOM: usize = 64;
 
-pub(crate) fn run(projection: &str, log: &Path, directory: &Path) -> Result<Run> {
-    let file = directory.join("views.sqlite");
-    let watch = Stopwatch::start()?;
-    let events = match projection {
-        "carrier-performance" => catch_up(Carriers::default(), log, &file)?,
-        "flight-board" => catch_up(Board::default(), log, &file)?,
+/// Folds the log of a directory into `file`; answers how many events it took.
+pub(crate) fn run(projection: &str, log: &Path, file: &Path) -> Result<u64> {
+    match projection {
+        "event-counts" => catch_up(Counts::default(), log, file),
+        "carrier-performance" => catch_up(Carriers::default(), log, file),
+        "flight-board" => catch_up(Board::default(), log, file),
         _ => bail!("no such projection"),
-    };
-    watch.stop(file, Some(events))
+    }
 }
 
 trait Fold {
     /// In this order; the rows do not depend on it.
     const SOURCES: &'static [&'static str];
     const SCHEMA: &'static str;
+    /// The one column that it needs beside the type.
+    const COLUMN: &'static str = "payload";
 
     /// Answers false for an event that it does not want.
-    fn apply(&mut self, event_type: &str, payload: &[u8]) -> Result<bool>;
+    fn apply(&mut self, event: &Event<'_>) -> Result<bool>;
     fn changed_rows(&self) -> usize;
     fn write(&mut self, transaction: &Transaction<'_>) -> Result<()>;
 }
 
-fn catch_up(mut fold: impl Fold, log: &Path, file: &Path) -> Result<u64> {
+struct Event<'a> {
+    /// Its place in [`Fold::SOURCES`].
+    source: usize,
+    type_number: i64,
+    event_type: &'a str,
+    column: ValueRef<'a>,
+}
+
+impl<'a> Event<'a> {
+    fn parse<T: Deserialize<'a>>(&self) -> Result<T> {
+        Ok(serde_json::from_slice(self.column.as_blob()?)?)
+    }
+}
+
+fn catch_up<F: Fold>(mut fold: F, log: &Path, file: &Path) -> Result<u64> {
     let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let log = Connection::open_with_flags(log.join("log.sqlite"), flags)?;
     let types: Map<i64, String> = log
         .prepare("SELECT number, name FROM types")?
         .query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?
         .collect::<rusqlite::Result<_>>()?;
-    let mut store = open(&fold, file)?;
+    let mut store = open::<F>(file)?;
     let mut events = 0;
-    for source in sources(&fold) {
+    for (index, source) in F::SOURCES.iter().enumerate() {
         let number: i64 = log.query_row("SELECT number FROM sources WHERE name = ?", [source], |row| row.get(0))?;
-        let sql = format!("SELECT position, type, payload FROM source_{number} ORDER BY position");
+        let sql = format!("SELECT position, type, {} FROM source_{number} ORDER BY position", F::COLUMN);
         let mut statement = log.prepare(&sql)?;
         let mut rows = statement.query([])?;
         let mut position = 0;
         while let Some(row) = rows.next()? {
             position = row.get(0)?;
-            let event_type = types.get(&row.get(1)?).context("an unknown type")?;
-            let payload = row.get_ref(2)?.as_blob()?;
-            if fold.apply(event_type, payload)? {
+            let type_number = row.get(1)?;
+            let event_type = types.get(&type_number).context("an unknown type")?;
+            if fold.apply(&Event { source: index, type_number, event_type, column: row.get_ref(2)? })? {
                 events += 1;
             }
             if fold.changed_rows() >= ROWS {
@@ -74,11 +89,7 @@ fn catch_up(mut fold: impl Fold, log: &Path, file: &Path) -> Result<u64> {
     Ok(events)
 }
 
-fn sources<F: Fold>(_: &F) -> &'static [&'static str] {
-    F::SOURCES
-}
-
-fn open<F: Fold>(_: &F, file: &Path) -> Result<Connection> {
+fn open<F: Fold>(file: &Path) -> Result<Connection> {
     let connection = Connection::open(file)?;
     connection.pragma_update(None, "journal_mode", "wal")?;
     connection.pragma_update(None, "synchronous", "normal")?;
@@ -121,8 +132,60 @@ struct AirlineRegistered<'a> {
     name: String,
 }
 
-fn parse<'a, T: Deserialize<'a>>(payload: &'a [u8]) -> Result<T> {
-    Ok(serde_json::from_slice(payload)?)
+/// How many events of each type of each source, and when the first and the last of them happened.
+#[derive(Default)]
+struct Counts {
+    rows: Map<(usize, i64), Count>,
+}
+
+struct Count {
+    event_type: String,
+    events: i64,
+    first_at: i64,
+    last_at: i64,
+}
+
+impl Fold for Counts {
+    const SOURCES: &'static [&'static str] = &["fleet", "flights", "weather"];
+    const SCHEMA: &'static str = "
+        CREATE TABLE event_counts (source TEXT NOT NULL, event_type TEXT NOT NULL, events INTEGER NOT NULL,
+            first_at TEXT NOT NULL, last_at TEXT NOT NULL, PRIMARY KEY (source, event_type)) STRICT, WITHOUT ROWID;";
+    const COLUMN: &'static str = "time";
+
+    fn apply(&mut self, event: &Event<'_>) -> Result<bool> {
+        let at = event.column.as_i64()?;
+        let count = self.rows.entry((event.source, event.type_number)).or_insert_with(|| Count {
+            event_type: event.event_type.to_owned(),
+            events: 0,
+            first_at: at,
+            last_at: at,
+        });
+        count.events += 1;
+        count.last_at = at;
+        Ok(true)
+    }
+
+    fn changed_rows(&self) -> usize {
+        self.rows.len()
+    }
+
+    fn write(&mut self, transaction: &Transaction<'_>) -> Result<()> {
+        let mut upsert = transaction.prepare_cached(
+            "INSERT INTO event_counts VALUES (?, ?, ?, ?, ?) ON CONFLICT (source, event_type) DO UPDATE SET
+             events = excluded.events, first_at = excluded.first_at, last_at = excluded.last_at",
+        )?;
+        let (mut first_at, mut last_at) = (String::new(), String::new());
+        for (&(source, _), count) in &self.rows {
+            upsert.execute(params![
+                Self::SOURCES[source],
+                count.event_type,
+                count.events,
+                sortable(count.first_at, &mut first_at)?,
+                sortable(count.last_at, &mut last_at)?
+            ])?;
+        }
+        Ok(())
+    }
 }
 
 #[derive(Default)]
@@ -184,10 +247,10 @@ impl Fold for Carriers {
         CREATE TABLE flight_carrier (flight_id TEXT NOT NULL, carrier TEXT NOT NULL,
             PRIMARY KEY (flight_id)) STRICT, WITHOUT ROWID;";
 
-    fn apply(&mut self, event_type: &str, payload: &[u8]) -> Result<bool> {
-        match event_type {
+    fn apply(&mut self, event: &Event<'_>) -> Result<bool> {
+        match event.event_type {
             "FlightScheduled" => {
-                let e: ScheduledCarrier<'_> = parse(payload)?;
+                let e: ScheduledCarrier<'_> = event.parse()?;
                 let carrier = self.carrier(e.carrier);
                 self.change(carrier).scheduled += 1;
                 let flight_id: Rc<str> = e.flight_id.into();
@@ -195,21 +258,21 @@ impl Fold for Carriers {
                 self.new_flights.push((flight_id, carrier));
             }
             "FlightDeparted" => {
-                let e: Departed<'_> = parse(payload)?;
+                let e: Departed<'_> = event.parse()?;
                 let carrier = self.of_flight(e.flight_id)?;
                 carrier.departed += 1;
                 carrier.dep_delay_sum += e.dep_delay;
             }
             "FlightArrived" => {
-                let e: Arrived<'_> = parse(payload)?;
+                let e: Arrived<'_> = event.parse()?;
                 let carrier = self.of_flight(e.flight_id)?;
                 carrier.arrived += 1;
                 carrier.arr_delay_sum += e.arr_delay;
             }
-            "FlightCancelled" => self.of_flight(parse::<FlightRef<'_>>(payload)?.flight_id)?.cancelled += 1,
-            "FlightDiverted" => self.of_flight(parse::<FlightRef<'_>>(payload)?.flight_id)?.diverted += 1,
+            "FlightCancelled" => self.of_flight(event.parse::<FlightRef<'_>>()?.flight_id)?.cancelled += 1,
+            "FlightDiverted" => self.of_flight(event.parse::<FlightRef<'_>>()?.flight_id)?.diverted += 1,
             "AirlineRegistered" => {
-                let e: AirlineRegistered<'_> = parse(payload)?;
+                let e: AirlineRegistered<'_> = event.parse()?;
                 let carrier = self.carrier(e.carrier);
                 self.change(carrier).name = Some(e.name);
             }
@@ -503,31 +566,31 @@ impl Fold for Board {
         CREATE TABLE waiting (kind TEXT NOT NULL, id TEXT NOT NULL, hour TEXT NOT NULL, number INTEGER NOT NULL,
             flight_ids TEXT NOT NULL, PRIMARY KEY (kind, id, hour, number)) STRICT, WITHOUT ROWID;";
 
-    fn apply(&mut self, event_type: &str, payload: &[u8]) -> Result<bool> {
-        match event_type {
-            "FlightScheduled" => self.schedule(&parse(payload)?)?,
+    fn apply(&mut self, event: &Event<'_>) -> Result<bool> {
+        match event.event_type {
+            "FlightScheduled" => self.schedule(&event.parse()?)?,
             "FlightDeparted" => {
-                let e: Departed<'_> = parse(payload)?;
+                let e: Departed<'_> = event.parse()?;
                 self.change(e.flight_id, "departed")?.dep_delay = Some(e.dep_delay);
             }
             "FlightArrived" => {
-                let e: Arrived<'_> = parse(payload)?;
+                let e: Arrived<'_> = event.parse()?;
                 self.change(e.flight_id, "arrived")?.arr_delay = Some(e.arr_delay);
             }
-            "FlightCancelled" => _ = self.change(parse::<FlightRef<'_>>(payload)?.flight_id, "cancelled")?,
-            "FlightDiverted" => _ = self.change(parse::<FlightRef<'_>>(payload)?.flight_id, "diverted")?,
+            "FlightCancelled" => _ = self.change(event.parse::<FlightRef<'_>>()?.flight_id, "cancelled")?,
+            "FlightDiverted" => _ = self.change(event.parse::<FlightRef<'_>>()?.flight_id, "diverted")?,
             "AirlineRegistered" => {
-                let e: AirlineRegistered<'_> = parse(payload)?;
+                let e: AirlineRegistered<'_> = event.parse()?;
                 let (carrier, name) = (self.symbols.of(e.carrier), self.symbols.of(&e.name));
                 self.learn((Kind::Airline, carrier, 0), Some(name), Weather::default())?;
             }
             "AircraftRegistered" => {
-                let e: AircraftRegistered<'_> = parse(payload)?;
+                let e: AircraftRegistered<'_> = event.parse()?;
                 let (tailnum, model) = (self.symbols.of(e.tailnum), self.symbols.of(&e.model));
                 self.learn((Kind::Aircraft, tailnum, 0), Some(model), Weather::default())?;
             }
             "WeatherObserved" => {
-                let e: WeatherObserved<'_> = parse(payload)?;
+                let e: WeatherObserved<'_> = event.parse()?;
                 let key = (Kind::Weather, self.symbols.of(e.airport), hour(microseconds(e.observed_at)?));
                 let (wind_speed, visibility, precipitation) = (e.wind_speed, e.visib, e.precip);
                 self.learn(key, None, Weather { wind_speed, visibility, precipitation })?;
