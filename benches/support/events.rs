@@ -46,11 +46,11 @@ impl Input {
     }
 }
 
-/// The directory of a log with so many million events, rounded; all of them are of flights but for some 30,000. The log
-/// is for reading: link it, or copy it, see [`super::Home`].
-pub(crate) fn log(millions: u64) -> Result<PathBuf> {
+/// See [`super::log`].
+pub(super) fn log(millions: u64) -> Result<PathBuf> {
     let input = Input::find();
     let mut digest = Sha256::new();
+    digest.update(input.repetitions.to_le_bytes());
     for source in SOURCES {
         let file = input.file(source);
         digest.update(fs::read(&file).with_context(|| file.display().to_string())?);

@@ -21,8 +21,6 @@ use shadowbox::config::Written;
 use shadowbox::model::Checkpoint;
 use shadowbox::supervisor::{LiveView, Runtime};
 
-pub(crate) use events::log;
-
 /// Nothing that a bench waits for takes as long; what does stands still.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(900);
 
@@ -68,6 +66,11 @@ pub(crate) fn workplace() -> PathBuf {
     root().join("target/bench")
 }
 
+/// Where compiled modules are kept.
+pub(crate) fn cache() -> PathBuf {
+    workplace().join("cache")
+}
+
 /// A list of numbers from an environment variable, such as `1,3,10`; if it is not set, these.
 pub(crate) fn numbers(variable: &str, default: &[u64]) -> Result<Vec<u64>> {
     let Ok(text) = std::env::var(variable) else { return Ok(default.to_vec()) };
@@ -82,6 +85,16 @@ pub(crate) fn rounds(default: u64) -> Result<u64> {
     let rounds = numbers("SHADOWBOX_BENCH_ROUNDS", &[default])?;
     ensure!(rounds.len() == 1, "SHADOWBOX_BENCH_ROUNDS must be one number");
     Ok(rounds[0])
+}
+
+/// Those that `SHADOWBOX_BENCH_ONLY` names, such as `event-counts,flight-board`; if it is not set, all.
+pub(crate) fn chosen<T>(all: &[T], name: impl Fn(&T) -> &str) -> Result<Vec<&T>> {
+    let Ok(only) = std::env::var("SHADOWBOX_BENCH_ONLY") else { return Ok(all.iter().collect()) };
+    let wanted = |one: &&T| only.split(',').any(|wanted| wanted.trim() == name(one));
+    let chosen: Vec<_> = all.iter().filter(wanted).collect();
+    let names: Vec<_> = all.iter().map(&name).collect();
+    ensure!(!chosen.is_empty(), "SHADOWBOX_BENCH_ONLY={only:?} names none of {}", names.join(", "));
+    Ok(chosen)
 }
 
 /// A process as Linux sees it.
@@ -199,6 +212,12 @@ pub(crate) fn module_file(package: &str) -> String {
     format!("{}.wasm", package.replace('-', "_"))
 }
 
+/// The directory of a log with so many million events, rounded: flights but for some 30,000, see `events.rs`. It is for
+/// reading: take it with [`Home::link_log`] or [`Home::copy_log`].
+pub(crate) fn log(millions: u64) -> Result<PathBuf> {
+    events::log(millions)
+}
+
 /// A module in which a text is replaced by another one of the same length wherever it occurs: another name, or other
 /// code, at the price of no build.
 pub(crate) fn patched(module: &[u8], from: &str, to: &str) -> Vec<u8> {
@@ -217,15 +236,18 @@ pub(crate) fn patched(module: &[u8], from: &str, to: &str) -> Vec<u8> {
 pub(crate) struct Home(PathBuf);
 
 impl Home {
-    /// Whatever a former one of this name left is removed. Compiled modules are shared by all homes, see
-    /// [`Home::with_own_cache`].
+    /// Whatever a former one of this name left is removed. Compiled modules are kept from bench to bench.
     pub(crate) fn new(name: &str) -> Result<Home> {
+        Home::with_cache(name, &cache())
+    }
+
+    /// One whose compiled modules are in this directory.
+    pub(crate) fn with_cache(name: &str, cache: &Path) -> Result<Home> {
         let home = Home(workplace().join("homes").join(name));
         if home.0.exists() {
             fs::remove_dir_all(&home.0)?;
         }
-        let cache = workplace().join("cache");
-        for directory in [&home.data(), &home.plugins(), &cache] {
+        for directory in [&home.data(), &home.plugins(), cache] {
             fs::create_dir_all(directory)?;
         }
         std::os::unix::fs::symlink(cache, home.data().join("cache"))?;
@@ -235,12 +257,6 @@ impl Home {
     /// One that is there already, for a child process.
     pub(crate) fn at(path: &str) -> Home {
         Home(path.into())
-    }
-
-    /// This home keeps its compiled modules for itself, so that they are compiled when they are first met.
-    pub(crate) fn with_own_cache(self) -> Result<Home> {
-        fs::remove_file(self.data().join("cache"))?;
-        Ok(self)
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -351,6 +367,15 @@ pub(crate) fn in_process<T>(what: impl Future<Output = Result<T>>) -> Result<T> 
     }
 }
 
+/// Starts a runtime on a home, and waits until a view is complete; tells what that took, from before the start.
+pub(crate) async fn catch_up(home: &Home, view_name: &str) -> Result<(Runtime, LiveView, Usage)> {
+    let watch = Stopwatch::start()?;
+    let runtime = home.start().await?;
+    let live = view(&runtime, view_name, |_| true).await;
+    caught_up(&runtime, &live).await?;
+    Ok((runtime, live, watch.stop()?))
+}
+
 /// Waits until a view is there that `is` accepts.
 pub(crate) async fn view(runtime: &Runtime, name: &str, is: impl Fn(&LiveView) -> bool) -> LiveView {
     loop {
@@ -417,9 +442,9 @@ pub(crate) fn table(header: &[&str]) -> Table {
     table
 }
 
-/// For the column that says what was aimed at.
-pub(crate) fn verdict(met: bool, target: impl std::fmt::Display) -> String {
-    format!("{target}: {}", if met { "met" } else { "missed" })
+/// A cell of a column whose header says what was aimed at: what it is, or what was measured, and how it came out.
+pub(crate) fn verdict(met: bool, what: impl std::fmt::Display) -> String {
+    format!("{what}: {}", if met { "met" } else { "missed" })
 }
 
 /// With separators, as people read it: `1,032,984`.
