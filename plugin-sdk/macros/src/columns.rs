@@ -119,8 +119,8 @@ impl Mentions {
         };
         match after {
             // `a != b`, or a negation behind a keyword, such as `return !(a && b)`.
-            [TokenTree::Punct(_), ..] => return Some(()),
-            [TokenTree::Group(_), ..] if is_keyword(name) => return Some(()),
+            [TokenTree::Punct(_), ..] => Some(()),
+            [TokenTree::Group(_), ..] if is_keyword(name) => Some(()),
             [TokenTree::Group(arguments), ..] => {
                 let known = MACROS.iter().any(|known| name == known);
                 (known && !self.is_named_in(arguments.stream())).then_some(())
