@@ -75,7 +75,9 @@ pub mod limits {
     /// Databases that SQLite attaches to one connection, and so live projections in one SQL query.
     pub const ATTACHED: usize = 10;
     /// Readers' connections to one view file.
-    pub const READERS: u32 = 4;
+    pub const READERS: usize = 4;
+    /// Prepared statements that each of them keeps: queries that differ in more than their values. One is some kilobytes.
+    pub const READER_STATEMENTS: usize = 64;
     /// How long a reader's query may run, and how long it may wait for a connection. Beyond that it is a report, which
     /// belongs on the SQLite file itself.
     pub const QUERY_TIME: Duration = Duration::from_secs(10);

@@ -59,7 +59,7 @@ async fn at_rest(config: &Config) -> Result<Snapshot> {
     let heads = EventLog::open(&config.data)?.heads_now();
     let mut projections = Vec::new();
     for record in live(config).await? {
-        let marks = if record.file.exists() { readers::read_marks(&record.file).await? } else { Vec::new() };
+        let marks = if record.file.exists() { readers::read_marks(&record.file)? } else { Vec::new() };
         let (mut sources, mut lag_events, mut lag_seconds) = (Vec::new(), 0, 0.0_f64);
         for subscription in &record.manifest.sources {
             let head = heads.get(subscription.source.as_str());
@@ -216,8 +216,7 @@ pub(super) async fn query(config: &Config, statement: &str, format: Format) -> R
             }
         }
         out.write_all(&bytes).map_err(readers::Error::Output)
-    })
-    .await?;
+    })?;
     match format {
         Format::Table => writeln!(out, "{shown}")?,
         Format::Json => writeln!(out, "{}", if rows == 0 { "[]" } else { "]" })?,

@@ -23,7 +23,7 @@ use crate::config::limits;
 use crate::model::Checkpoint;
 use crate::supervisor::LiveView;
 use crate::view::query::Select;
-use crate::view::readers::{Error, Found, Place};
+use crate::view::readers::{Error, Found, Place, Value};
 use crate::view::render::{JsonRows, text, write_csv};
 
 /// How often a waiting reader looks whether its view has another generation. A switch ends the old generation's
@@ -239,10 +239,11 @@ struct Answer {
 
 impl Answer {
     async fn read(app: &App, view: LiveView, select: Select, format: Format) -> Result<Answer, Error> {
+        let offset = select.offset;
         let kinds = select.kinds(&view.schema);
         let names = || select.columns.iter().map(|o| o.name.as_str());
         let json = JsonRows::new(names().zip(kinds.iter().copied().map(Some)));
-        let (mut body, mut rows) = (Vec::new(), 0);
+        let mut body = Vec::new();
         match format {
             Format::Json => body.push(b'['),
             Format::Csv => write_csv(names(), &mut body),
@@ -251,23 +252,24 @@ impl Answer {
         let live = app.runtime.views();
         let live = |p: &str, g: u64| live.values().any(|v| v.projection == p && v.generation == g);
         let place = Place { projection: &view.projection, generation: view.generation, file: &view.file };
-        let found = app.readers.select(place, &view.schema, &select, live, |values| {
-            rows += 1;
+        let write = move |(rows, body): &mut (u64, Vec<u8>), values: &[Value<'_>]| {
+            *rows += 1;
             if format == Format::Csv {
-                write_csv(kinds.iter().zip(values).map(|(kind, value)| text(Some(*kind), *value)), &mut body);
+                write_csv(kinds.iter().zip(values).map(|(kind, value)| text(Some(*kind), *value)), body);
             } else {
-                if rows > 1 {
+                if *rows > 1 {
                     body.extend_from_slice(b",\n");
                 }
-                json.write(values, &mut body);
+                json.write(values, body);
             }
             if body.len() > limits::ANSWER_BYTES { Err(Error::TooLarge) } else { Ok(()) }
-        });
-        let found = found.await?;
+        };
+        let found = app.readers.select(place, &view.schema, select, live, (0, body), write);
+        let (found, (rows, mut body)) = found.await?;
         if format == Format::Json {
             body.push(b']');
         }
-        Ok(Answer { offset: select.offset, view, format, rows, found, body })
+        Ok(Answer { offset, view, format, rows, found, body })
     }
 
     /// `waited` is the bound of a wait that the request asked for, so that the answer can say that it was heard.

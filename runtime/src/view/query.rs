@@ -14,11 +14,12 @@
 //! | decimal | TEXT | digits; compared as numbers, `1.50` equals `1.5` |
 //! | json | TEXT | cannot be compared, only matched and tested for null |
 
+use std::borrow::Cow;
 use std::cmp::Ordering;
 
 use base64::Engine as _;
-use sqlx::Arguments;
-use sqlx::sqlite::SqliteArguments;
+use rusqlite::ToSql;
+use rusqlite::types::{ToSqlOutput, Value, ValueRef};
 
 use super::readers::Error;
 use super::row::quote;
@@ -147,17 +148,21 @@ impl Literal {
             Error::Refused(format!("column {name:?} is {value}; {text:?} is not"))
         })
     }
+}
 
-    fn bind(&self, arguments: &mut SqliteArguments) {
-        let bound = match self {
-            Literal::Integer(value) => arguments.add(*value),
-            Literal::Real(value) => arguments.add(*value),
-            Literal::Text(value) => arguments.add(value.clone()),
-            Literal::Blob(value) => arguments.add(value.clone()),
-        };
-        bound.expect("plain values can always be bound");
+impl ToSql for Literal {
+    fn to_sql(&self) -> rusqlite::Result<ToSqlOutput<'_>> {
+        Ok(match self {
+            Literal::Integer(value) => ToSqlOutput::Owned(Value::Integer(*value)),
+            Literal::Real(value) => ToSqlOutput::Owned(Value::Real(*value)),
+            Literal::Text(value) => ToSqlOutput::Borrowed(ValueRef::Text(value.as_bytes())),
+            Literal::Blob(value) => ToSqlOutput::Borrowed(ValueRef::Blob(value)),
+        })
     }
 }
+
+/// The values for the question marks of a statement, in their order.
+pub(super) type Arguments<'a> = Vec<Cow<'a, Literal>>;
 
 fn bytes(text: &str) -> Option<Vec<u8>> {
     // A plus sign in a URL arrives as a space unless it is escaped.
@@ -234,30 +239,41 @@ impl Select {
         self.columns.iter().map(|o| schema.columns[o.column].kind).collect()
     }
 
-    /// The statement and its arguments.
-    pub(super) fn rows_sql(&self, schema: &ViewSchema) -> (String, SqliteArguments) {
-        let mut arguments = SqliteArguments::default();
+    /// True if it asks for the row of one key: then what it costs has a bound, which is low.
+    pub(super) fn is_of_one_key(&self, schema: &ViewSchema) -> bool {
+        let equal = |f: &Filter| !f.negated && matches!(f.test, Test::Compare(Comparison::Equal, _));
+        // Decimals are compared by a collation that the key's index does not have.
+        let found = |key: &usize| {
+            schema.columns[*key].kind != ColumnType::Decimal && self.filters.iter().any(|f| f.column == *key)
+        };
+        self.filters.iter().all(equal) && schema.key_columns().iter().all(found)
+    }
+
+    /// The statement and its arguments. Whatever differs from one reader to the next is an argument, so that there are
+    /// few statements to be prepared.
+    pub(super) fn rows_sql(&self, schema: &ViewSchema) -> (String, Arguments<'_>) {
+        let mut arguments = Arguments::new();
         let columns: Vec<_> = self.columns.iter().map(|o| quote(&schema.columns[o.column].name)).collect();
         let sql = format!(
-            "SELECT {} FROM {}{} ORDER BY {} LIMIT {} OFFSET {}",
+            "SELECT {} FROM {}{} ORDER BY {} LIMIT ? OFFSET ?",
             columns.join(", "),
             quote(&schema.name),
             self.where_sql(schema, &mut arguments),
             self.order_sql(schema),
-            // SQLite's limits are signed, and a negative one means none.
-            i64::try_from(self.limit).unwrap_or(i64::MAX),
-            i64::try_from(self.offset).unwrap_or(i64::MAX)
         );
+        // SQLite's limits are signed, and a negative one means none.
+        let bounds = [self.limit, self.offset].map(|n| i64::try_from(n).unwrap_or(i64::MAX));
+        arguments.extend(bounds.map(|n| Cow::Owned(Literal::Integer(n))));
         (sql, arguments)
     }
 
-    pub(super) fn count_sql(&self, schema: &ViewSchema) -> (String, SqliteArguments) {
-        let mut arguments = SqliteArguments::default();
+    pub(super) fn count_sql(&self, schema: &ViewSchema) -> (String, Arguments<'_>) {
+        let mut arguments = Arguments::new();
         let conditions = self.where_sql(schema, &mut arguments);
         (format!("SELECT count(*) FROM {}{conditions}", quote(&schema.name)), arguments)
     }
 
-    fn where_sql(&self, schema: &ViewSchema, arguments: &mut SqliteArguments) -> String {
+    fn where_sql<'a>(&'a self, schema: &ViewSchema, arguments: &mut Arguments<'a>) -> String {
         let conditions: Vec<_> = self.filters.iter().map(|f| f.sql(schema, arguments)).collect();
         if conditions.is_empty() { String::new() } else { format!(" WHERE {}", conditions.join(" AND ")) }
     }
@@ -294,26 +310,27 @@ fn collate(kind: ColumnType) -> &'static str {
 }
 
 impl Filter {
-    fn sql(&self, schema: &ViewSchema, arguments: &mut SqliteArguments) -> String {
+    fn sql<'a>(&'a self, schema: &ViewSchema, arguments: &mut Arguments<'a>) -> String {
         let column = &schema.columns[self.column];
         let name = format!("{}{}", quote(&column.name), collate(column.kind));
-        let mut bind = |literal: &Literal| {
-            literal.bind(arguments);
+        let mut bind = |literal: Cow<'a, Literal>| {
+            arguments.push(literal);
             "?"
         };
+        let mut pattern = |text: String| bind(Cow::Owned(Literal::Text(text)));
         let condition = match &self.test {
+            Test::Like { pattern: like_this, ignore_case: false } => {
+                format!("{name} GLOB {}", pattern(glob(like_this)))
+            }
+            Test::Like { pattern: like_this, ignore_case: true } => {
+                format!("{name} LIKE {} ESCAPE '\\'", pattern(like(like_this)))
+            }
             Test::Compare(comparison, literal) => {
-                format!("{name} {} {}", comparison.sql(), bind(literal))
+                format!("{name} {} {}", comparison.sql(), bind(Cow::Borrowed(literal)))
             }
             Test::In(literals) => {
-                let places: Vec<_> = literals.iter().map(bind).collect();
+                let places: Vec<_> = literals.iter().map(|literal| bind(Cow::Borrowed(literal))).collect();
                 format!("{name} IN ({})", places.join(", "))
-            }
-            Test::Like { pattern, ignore_case: false } => {
-                format!("{name} GLOB {}", bind(&Literal::Text(glob(pattern))))
-            }
-            Test::Like { pattern, ignore_case: true } => {
-                format!("{name} LIKE {} ESCAPE '\\'", bind(&Literal::Text(like(pattern))))
             }
             Test::IsNull => format!("{name} IS NULL"),
             Test::IsNotNull => format!("{name} IS NOT NULL"),

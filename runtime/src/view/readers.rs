@@ -1,16 +1,21 @@
 //! Connections to the files of live views, for reading: pools, snapshots, deadlines.
 
+//!
+//! rusqlite instead of a pool of sqlx: there, each step of a query (begin, checkpoint, rows, end) is a message to another
+//! thread and back, which costs several times what looking up a row does. Here a query is one function. It runs where
+//! blocking is allowed; the row of one key is looked up at once, because even waking another thread costs more.
+
 use std::collections::HashMap;
-use std::path::Path;
-use std::sync::Mutex;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
-use futures_util::TryStreamExt;
-use sqlx::pool::PoolConnection;
-use sqlx::sqlite::{Sqlite, SqliteConnectOptions, SqlitePool, SqlitePoolOptions, SqliteRow};
-use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Decode, Row, SqliteConnection, TypeInfo, ValueRef};
+use rusqlite::types::ValueRef;
+use rusqlite::{Connection, ErrorCode, OpenFlags, params_from_iter};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use super::query::{DECIMAL, Select, compare_decimals};
+use super::query::{Arguments, DECIMAL, Select, compare_decimals};
 use crate::config::limits;
 use crate::manifest::ViewSchema;
 use crate::model::{Checkpoint, Position, Time};
@@ -41,22 +46,17 @@ pub enum Error {
     Database(String),
 }
 
-impl From<sqlx::Error> for Error {
-    fn from(error: sqlx::Error) -> Error {
-        let code = error.as_database_error().and_then(|e| e.code()).and_then(|c| c.parse::<u32>().ok());
-        // The low byte of an extended code is its kind.
-        match (&error, code.map(|c| c & 0xff)) {
-            (sqlx::Error::PoolTimedOut, _) => Error::Busy,
-            (_, Some(SQLITE_INTERRUPT)) => Error::TooSlow,
-            (_, Some(SQLITE_CANTOPEN)) => Error::Gone,
-            (sqlx::Error::Database(e), _) => Error::Database(e.message().to_owned()),
-            _ => Error::Database(error.to_string()),
+impl From<rusqlite::Error> for Error {
+    fn from(error: rusqlite::Error) -> Error {
+        match (error.sqlite_error_code(), error) {
+            (Some(ErrorCode::OperationInterrupted), _) => Error::TooSlow,
+            (Some(ErrorCode::CannotOpen), _) => Error::Gone,
+            (_, rusqlite::Error::SqliteFailure(_, Some(message))) => Error::Database(message),
+            (_, rusqlite::Error::SqlInputError { msg, .. }) => Error::Database(msg),
+            (_, error) => Error::Database(error.to_string()),
         }
     }
 }
-
-const SQLITE_INTERRUPT: u32 = 9;
-const SQLITE_CANTOPEN: u32 = 14;
 
 /// A value as SQLite has it.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -90,124 +90,240 @@ pub struct Place<'a> {
 /// Readers' connections to the live generations' files: a pool for each, opened when it is first needed.
 #[derive(Default)]
 pub struct Readers {
-    pools: Mutex<HashMap<(String, u64), SqlitePool>>,
+    pools: Mutex<HashMap<PathBuf, Arc<Pool>>>,
 }
 
 impl Readers {
-    /// Runs a query. `row` gets each row; the first error that it returns ends the query. Only the queries of a live
-    /// generation should be asked for: `live` says which pools may stay open when a new one is opened.
-    pub async fn select(
+    /// Runs a query. `row` is called for each row and puts it `into` what is returned; its first error ends the query.
+    /// Only the queries of a live generation should be asked for: `live` says which pools may stay open when a new one
+    /// is opened. A caller that goes away ends the query, too.
+    ///
+    /// # Panics
+    ///
+    /// If `row` does.
+    pub async fn select<T: Send + 'static>(
         &self,
         place: Place<'_>,
-        schema: &ViewSchema,
-        select: &Select,
-        live: impl Fn(&str, u64) -> bool + Send,
-        mut row: impl FnMut(&[Value<'_>]) -> Result<(), Error> + Send,
-    ) -> Result<Found, Error> {
-        let pool = self.pool(place, live);
-        let mut connection = pool.acquire().await?;
-        set_deadline(&mut connection, limits::QUERY_TIME).await?;
-        // Deferred: SQLite takes its snapshot with the first read, which is the checkpoint's.
-        let mut transaction = connection.begin().await?;
-        let checkpoint = checkpoint(&mut transaction).await?;
-        let mut total = None;
-        if select.count {
-            let (sql, arguments) = select.count_sql(schema);
-            let count: i64 =
-                sqlx::query_scalar_with(AssertSqlSafe(sql), arguments).fetch_one(&mut *transaction).await?;
-            total = Some(count.unsigned_abs());
+        schema: &Arc<ViewSchema>,
+        select: Select,
+        live: impl Fn(&str, u64) -> bool,
+        mut into: T,
+        mut row: impl FnMut(&mut T, &[Value<'_>]) -> Result<(), Error> + Send + 'static,
+    ) -> Result<(Found, T), Error> {
+        let mut lease = self.pool(place, live).lease().await?;
+        if select.is_of_one_key(schema) && lease.connection.is_some() {
+            let found = lease.select(schema, &select, Arc::default(), &mut |values| row(&mut into, values))?;
+            return Ok((found, into));
         }
-        let (sql, arguments) = select.rows_sql(schema);
-        each_row(sqlx::query_with(AssertSqlSafe(sql), arguments).fetch(&mut *transaction), &mut row).await?;
-        transaction.rollback().await?;
-        Ok(Found { checkpoint, total })
+        let caller = Caller::default();
+        let (schema, caller_is_gone) = (schema.clone(), caller.0.clone());
+        let query = tokio::task::spawn_blocking(move || {
+            let found = lease.select(&schema, &select, caller_is_gone, &mut |values| row(&mut into, values))?;
+            Ok((found, into))
+        });
+        match query.await {
+            Ok(answer) => answer,
+            Err(error) => match error.try_into_panic() {
+                Ok(panic) => std::panic::resume_unwind(panic),
+                Err(_) => Err(Error::Database("the runtime is stopping".into())),
+            },
+        }
     }
 
-    fn pool(&self, place: Place<'_>, live: impl Fn(&str, u64) -> bool) -> SqlitePool {
+    fn pool(&self, place: Place<'_>, live: impl Fn(&str, u64) -> bool) -> Arc<Pool> {
         let mut pools = self.pools.lock().expect("nothing panics while holding it");
-        let key = (place.projection.to_owned(), place.generation);
-        if let Some(pool) = pools.get(&key) {
+        if let Some(pool) = pools.get(place.file) {
             return pool.clone();
         }
-        pools.retain(|(projection, generation), _| live(projection, *generation));
-        let pool = SqlitePoolOptions::new()
-            .max_connections(limits::READERS)
-            .acquire_timeout(limits::QUERY_TIME)
-            // An idle pool of a generation that was dropped would keep its file's disk space.
-            .idle_timeout(Duration::from_secs(30))
-            .connect_lazy_with(read_only(place.file));
-        pools.insert(key, pool.clone());
+        pools.retain(|_, pool| live(&pool.projection, pool.generation));
+        let pool = Arc::new(Pool {
+            projection: place.projection.to_owned(),
+            generation: place.generation,
+            file: place.file.to_owned(),
+            places: Arc::new(Semaphore::new(limits::READERS)),
+            idle: Mutex::default(),
+        });
+        tokio::spawn(close_idle(Arc::downgrade(&pool)));
+        pools.insert(place.file.to_owned(), pool.clone());
         pool
     }
 }
 
-/// How far a generation's file has come: source, position, and the time of the event there.
-pub async fn read_marks(file: &Path) -> Result<Vec<(String, Position, Time)>, Error> {
-    let mut connection = SqliteConnection::connect_with(&read_only(file)).await?;
-    let rows: Vec<(String, i64, i64)> =
-        sqlx::query_as("SELECT source, position, time FROM _shadowbox_checkpoint").fetch_all(&mut connection).await?;
-    connection.close().await?;
-    let mark = |(source, position, time): (String, i64, i64)| {
-        (source, Position(position as u64), Time::from_microseconds(time).unwrap_or(Time::EPOCH))
-    };
-    Ok(rows.into_iter().map(mark).collect())
+/// Tells a query, by being dropped, that nobody waits for it any more.
+#[derive(Default)]
+struct Caller(Arc<AtomicBool>);
+
+impl Drop for Caller {
+    fn drop(&mut self) {
+        self.0.store(true, Relaxed);
+    }
 }
 
-async fn checkpoint(connection: &mut SqliteConnection) -> Result<Checkpoint, Error> {
-    let rows: Vec<(String, i64)> =
-        sqlx::query_as("SELECT source, position FROM _shadowbox_checkpoint").fetch_all(connection).await?;
+/// The connections to one file.
+struct Pool {
+    projection: String,
+    generation: u64,
+    file: PathBuf,
+    places: Arc<Semaphore>,
+    /// With the time since when; the last one is taken first.
+    idle: Mutex<Vec<(Connection, Instant)>>,
+}
+
+/// A connection that is not used for so long is closed: one to a generation that was dropped keeps its file's disk space.
+const IDLE: Duration = Duration::from_secs(30);
+
+/// Closes connections that are not used, as long as the pool is there.
+async fn close_idle(pool: Weak<Pool>) {
+    loop {
+        tokio::time::sleep(IDLE).await;
+        let Some(pool) = pool.upgrade() else { return };
+        pool.idle.lock().expect("nothing panics while holding it").retain(|(_, since)| since.elapsed() < IDLE);
+    }
+}
+
+impl Pool {
+    async fn lease(self: Arc<Pool>) -> Result<Lease, Error> {
+        let place = match self.places.clone().try_acquire_owned() {
+            Ok(place) => place,
+            Err(_) => {
+                let place = tokio::time::timeout(limits::QUERY_TIME, self.places.clone().acquire_owned());
+                place.await.map_err(|_| Error::Busy)?.expect("it is never closed")
+            }
+        };
+        let idle = self.idle.lock().expect("nothing panics while holding it").pop();
+        Ok(Lease { connection: idle.map(|(connection, _)| connection), pool: self, _place: place })
+    }
+}
+
+/// The right to use one connection of a pool.
+struct Lease {
+    /// None before the first use.
+    connection: Option<Connection>,
+    pool: Arc<Pool>,
+    _place: OwnedSemaphorePermit,
+}
+
+impl Lease {
+    fn select(
+        &mut self,
+        schema: &ViewSchema,
+        select: &Select,
+        caller_is_gone: Arc<AtomicBool>,
+        row: &mut dyn FnMut(&[Value<'_>]) -> Result<(), Error>,
+    ) -> Result<Found, Error> {
+        let connection = match &mut self.connection {
+            Some(connection) => connection,
+            none => none.insert(open(&self.pool.file)?),
+        };
+        bound(connection, limits::QUERY_TIME, caller_is_gone)?;
+        let result = snapshot(connection, schema, select, row);
+        if result.is_err() {
+            // In the middle of its transaction it is of no use to the next reader.
+            self.connection = None;
+        }
+        result
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        // Not after a panic either.
+        if let Some(connection) = self.connection.take().filter(Connection::is_autocommit) {
+            self.pool.idle.lock().expect("nothing panics while holding it").push((connection, Instant::now()));
+        }
+    }
+}
+
+/// Interrupts whatever runs on the connection after that time. The next call replaces the deadline.
+fn bound(connection: &Connection, time: Duration, caller_is_gone: Arc<AtomicBool>) -> rusqlite::Result<()> {
+    /// SQLite's virtual instructions between two looks at the clock: some tens of microseconds.
+    const INSTRUCTIONS: i32 = 10_000;
+    let deadline = Instant::now() + time;
+    let over = move || Instant::now() >= deadline || caller_is_gone.load(Relaxed);
+    connection.progress_handler(INSTRUCTIONS, Some(over))
+}
+
+/// The query in one transaction, so that checkpoint and rows belong together.
+fn snapshot(
+    connection: &Connection,
+    schema: &ViewSchema,
+    select: &Select,
+    row: &mut dyn FnMut(&[Value<'_>]) -> Result<(), Error>,
+) -> Result<Found, Error> {
+    // Deferred: SQLite takes its snapshot with the first read, which is the checkpoint's.
+    connection.prepare_cached("BEGIN DEFERRED")?.execute([])?;
+    let checkpoint = checkpoint(connection)?;
+    let mut total = None;
+    if select.count {
+        let (sql, arguments) = select.count_sql(schema);
+        let mut statement = connection.prepare_cached(&sql)?;
+        let count: i64 = statement.query_row(params_from_iter(arguments), |row| row.get(0))?;
+        total = Some(count.unsigned_abs());
+    }
+    let (sql, arguments) = select.rows_sql(schema);
+    each_row(&mut *connection.prepare_cached(&sql)?, arguments, row)?;
+    connection.prepare_cached("COMMIT")?.execute([])?;
+    Ok(Found { checkpoint, total })
+}
+
+/// How far a generation's file has come: source, position, and the time of the event there.
+pub fn read_marks(file: &Path) -> Result<Vec<(String, Position, Time)>, Error> {
+    let connection = open(file)?;
+    let mut statement = connection.prepare("SELECT source, position, time FROM _shadowbox_checkpoint")?;
+    let marks = statement.query_map([], |row| {
+        let time = Time::from_microseconds(row.get(2)?).unwrap_or(Time::EPOCH);
+        Ok((row.get(0)?, Position(row.get::<_, i64>(1)? as u64), time))
+    })?;
+    Ok(marks.collect::<rusqlite::Result<_>>()?)
+}
+
+fn checkpoint(connection: &Connection) -> rusqlite::Result<Checkpoint> {
+    let mut statement = connection.prepare_cached("SELECT source, position FROM _shadowbox_checkpoint")?;
     // Positions are stored as SQLite's signed integers, bit for bit.
-    Ok(rows.into_iter().map(|(source, position)| (source, Position(position as u64))).collect())
+    let position = |row: &rusqlite::Row<'_>| Ok((row.get::<_, String>(0)?, Position(row.get::<_, i64>(1)? as u64)));
+    statement.query_map([], position)?.collect()
 }
 
 /// Calls `row` for each row, with values by their storage class.
-pub(super) async fn each_row(
-    mut rows: impl futures_util::Stream<Item = Result<SqliteRow, sqlx::Error>> + Unpin,
-    row: &mut (impl FnMut(&[Value<'_>]) -> Result<(), Error> + Send),
+pub(super) fn each_row(
+    statement: &mut rusqlite::Statement<'_>,
+    arguments: Arguments<'_>,
+    row: &mut dyn FnMut(&[Value<'_>]) -> Result<(), Error>,
 ) -> Result<(), Error> {
-    while let Some(found) = rows.try_next().await? {
-        let mut values = Vec::with_capacity(found.len());
-        for i in 0..found.len() {
-            values.push(value(&found, i)?);
+    let columns = statement.column_count();
+    let mut rows = statement.query(params_from_iter(arguments))?;
+    while let Some(found) = rows.next()? {
+        let mut values = Vec::with_capacity(columns);
+        for i in 0..columns {
+            values.push(value(found.get_ref(i)?)?);
         }
         row(&values)?;
     }
     Ok(())
 }
 
-fn value(row: &SqliteRow, i: usize) -> Result<Value<'_>, Error> {
-    let raw = row.try_get_raw(i)?;
-    if raw.is_null() {
-        return Ok(Value::Null);
-    }
-    let kind = raw.type_info().into_owned();
-    let decoded = match kind.name() {
-        "INTEGER" => Decode::<Sqlite>::decode(raw).map(Value::Integer),
-        "REAL" => Decode::<Sqlite>::decode(raw).map(Value::Real),
-        "TEXT" => Decode::<Sqlite>::decode(raw).map(Value::Text),
-        _ => Decode::<Sqlite>::decode(raw).map(Value::Blob),
-    };
-    decoded.map_err(|e| Error::Database(e.to_string()))
+fn value(raw: ValueRef<'_>) -> Result<Value<'_>, Error> {
+    Ok(match raw {
+        ValueRef::Null => Value::Null,
+        ValueRef::Integer(value) => Value::Integer(value),
+        ValueRef::Real(value) => Value::Real(value),
+        ValueRef::Text(text) => Value::Text(std::str::from_utf8(text).map_err(|e| Error::Database(e.to_string()))?),
+        ValueRef::Blob(bytes) => Value::Blob(bytes),
+    })
 }
 
-/// Options of every connection that reads views.
-pub(super) fn read_only(file: &Path) -> SqliteConnectOptions {
-    with_collations(SqliteConnectOptions::new().filename(file).read_only(true))
+/// A connection that reads a view's file.
+fn open(file: &Path) -> rusqlite::Result<Connection> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    prepare(Connection::open_with_flags(file, flags)?)
 }
 
-/// Slow statements are the reader's own affair, which has its deadline; sqlx would log each of them.
-pub(super) fn with_collations(options: SqliteConnectOptions) -> SqliteConnectOptions {
-    let options = options.disable_statement_logging();
-    options.busy_timeout(limits::DATABASE_BUSY).collation(DECIMAL, compare_decimals)
-}
-
-/// Interrupts whatever runs on the connection after that time. The next call replaces the deadline.
-async fn set_deadline(connection: &mut PoolConnection<Sqlite>, time: Duration) -> Result<(), Error> {
-    /// SQLite's virtual instructions between two looks at the clock: some tens of microseconds.
-    const INSTRUCTIONS: i32 = 10_000;
-    let deadline = Instant::now() + time;
-    connection.lock_handle().await?.set_progress_handler(INSTRUCTIONS, move || Instant::now() < deadline);
-    Ok(())
+/// What every connection that reads views has.
+pub(super) fn prepare(connection: Connection) -> rusqlite::Result<Connection> {
+    connection.busy_timeout(limits::DATABASE_BUSY)?;
+    connection.create_collation(DECIMAL, compare_decimals)?;
+    connection.set_prepared_statement_cache_capacity(limits::READER_STATEMENTS);
+    Ok(connection)
 }
 
 #[cfg(test)]
@@ -249,21 +365,15 @@ mod tests {
     }
 
     async fn select(readers: &Readers, file: &Path, select: &Select) -> Result<(Vec<String>, Found), Error> {
-        let schema = schema();
-        let mut keys = Vec::new();
         let place = Place { projection: "p", generation: 1, file };
-        let found = readers.select(
-            place,
-            &schema,
-            select,
-            |_, _| true,
-            |row| {
-                let Value::Text(key) = row[0] else { panic!("{row:?}") };
-                keys.push(key.to_owned());
-                Ok(())
-            },
-        );
-        let found = found.await?;
+        let key = |keys: &mut Vec<String>, row: &[Value<'_>]| {
+            let Value::Text(key) = row[0] else { panic!("{row:?}") };
+            keys.push(key.to_owned());
+            Ok(())
+        };
+        let schema = Arc::new(schema());
+        let found = readers.select(place, &schema, select.clone(), |_, _| true, Vec::new(), key);
+        let (found, keys) = found.await?;
         Ok((keys, found))
     }
 
@@ -329,7 +439,7 @@ mod tests {
         let (keys, found) = select(&readers, &file, &page).await.unwrap();
         assert_eq!((keys.len(), found.checkpoint.to_string().as_str()), (0, "s=8"));
         assert_eq!(
-            read_marks(&file).await.unwrap(),
+            read_marks(&file).unwrap(),
             [("s".to_owned(), Position(8), Time::from_microseconds(1_000_000).unwrap())]
         );
     }
@@ -342,15 +452,63 @@ mod tests {
         let gone = select(&readers, &folder.path().join("gone.sqlite"), &all).await;
         assert!(matches!(gone, Err(Error::Gone)), "{gone:?}");
         let place = Place { projection: "q", generation: 1, file: &file };
-        let ended = readers.select(place, &schema(), &all, |_, _| true, |_| Err(Error::TooLarge)).await;
+        let too_large = |_: &mut (), _: &[Value<'_>]| Err(Error::TooLarge);
+        let ended = readers.select(place, &Arc::new(schema()), all, |_, _| true, (), too_large).await;
         assert!(matches!(ended, Err(Error::TooLarge)), "{ended:?}");
 
-        let pool = readers.pool(place, |_, _| true);
-        let mut connection = pool.acquire().await.unwrap();
-        set_deadline(&mut connection, Duration::ZERO).await.unwrap();
         let endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n";
-        let slow = sqlx::query(endless).fetch_one(&mut *connection).await.map(drop).map_err(Error::from);
-        assert!(matches!(slow, Err(Error::TooSlow)), "{slow:?}");
+        for (deadline, caller_is_gone) in [(Duration::ZERO, false), (limits::QUERY_TIME, true)] {
+            let connection = open(&file).unwrap();
+            bound(&connection, deadline, Arc::new(caller_is_gone.into())).unwrap();
+            let slow = connection.query_row(endless, [], |_| Ok(())).map_err(Error::from);
+            assert!(matches!(slow, Err(Error::TooSlow)), "{slow:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn one_key_at_once_or_as_all_others() {
+        let (_folder, file, _writer) = generation();
+        let (readers, schema) = (Readers::default(), schema());
+        let equal = |column, text: &str| Filter {
+            column,
+            negated: false,
+            test: Test::Compare(Comparison::Equal, Literal::Text(text.into())),
+        };
+        for (key, price, rows) in [("b", None, 1), ("c", Some("10.5"), 1), ("c", Some("9"), 0), ("gone", None, 0)] {
+            let filters = [Some(equal(0, key)), price.map(|price| equal(2, price))];
+            let one =
+                Select { filters: filters.into_iter().flatten().collect(), count: true, ..Select::all(&schema, 10) };
+            assert!(one.is_of_one_key(&schema));
+            // The same condition in words that are not looked up at once.
+            let mut other = one.clone();
+            other.filters[0].test = Test::In(vec![Literal::Text(key.into())]);
+            assert!(!other.is_of_one_key(&schema));
+            // The first query of a pool has to open the file, and does not run at once either.
+            for _ in 0..2 {
+                let found = select(&readers, &file, &one).await.unwrap();
+                assert_eq!(found.0.len(), rows);
+                assert_eq!(found, select(&readers, &file, &other).await.unwrap());
+                assert_eq!(found, select(&Readers::default(), &file, &one).await.unwrap());
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_query_that_failed_leaves_nothing_behind() {
+        let (_folder, file, writer) = generation();
+        let readers = Readers::default();
+        let place = Place { projection: "p", generation: 1, file: &file };
+        for _ in 0..2 * limits::READERS {
+            let row = |_: &mut (), _: &[Value<'_>]| Err(Error::TooLarge);
+            let all = Select::all(&schema(), 10);
+            let failed = readers.select(place, &Arc::new(schema()), all, |_, _| true, (), row).await;
+            assert!(failed.is_err());
+        }
+        writer.execute_batch("UPDATE _shadowbox_checkpoint SET position = 8").unwrap();
+        let (_, found) = select(&readers, &file, &Select::all(&schema(), 10)).await.unwrap();
+        assert_eq!(found.checkpoint.to_string(), "s=8");
+        let checkpointed: i64 = writer.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| row.get(0)).unwrap();
+        assert_eq!(checkpointed, 0, "no snapshot is held");
     }
 
     #[tokio::test]
@@ -358,9 +516,10 @@ mod tests {
         let (_folder, file, _writer) = generation();
         let readers = Readers::default();
         for generation in 1..=3 {
+            let file = file.with_extension(generation.to_string());
             readers.pool(Place { projection: "p", generation, file: &file }, |_, g| g >= 2);
         }
-        let mut open: Vec<_> = readers.pools.lock().unwrap().keys().map(|(_, g)| *g).collect();
+        let mut open: Vec<_> = readers.pools.lock().unwrap().values().map(|pool| pool.generation).collect();
         open.sort_unstable();
         assert_eq!(open, [2, 3]);
     }

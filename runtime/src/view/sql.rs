@@ -6,11 +6,11 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
-use sqlx::sqlite::SqliteConnectOptions;
-use sqlx::{AssertSqlSafe, Column, Connection, Executor, SqlSafeStr, SqliteConnection, Statement};
+use rusqlite::Connection;
 
 use super::GenerationRecord;
-use super::readers::{Error, Value, each_row, with_collations};
+use super::query::Arguments;
+use super::readers::{Error, Value, each_row, prepare};
 use super::row::quote;
 use crate::config::limits;
 
@@ -26,10 +26,10 @@ pub enum Part<'a> {
 }
 
 /// Runs one read-only statement. `each` gets the answer part by part; its first error ends the query.
-pub async fn query(
+pub fn query(
     live: &[GenerationRecord],
     sql: &str,
-    mut each: impl FnMut(Part<'_>) -> Result<(), Error> + Send,
+    mut each: impl FnMut(Part<'_>) -> Result<(), Error>,
 ) -> Result<(), Error> {
     let names = identifiers(sql)?;
     let used: Vec<_> = live.iter().filter(|l| uses(&names, l)).collect();
@@ -42,32 +42,25 @@ pub async fn query(
             limits::ATTACHED
         )));
     }
-    let options = with_collations(SqliteConnectOptions::new().in_memory(true).create_if_missing(true));
-    let mut connection = SqliteConnection::connect_with(&options).await?;
+    let connection = prepare(Connection::open_in_memory()?)?;
     for generation in used {
-        attach(&mut connection, generation).await?;
+        attach(&connection, generation)?;
     }
     // The files are attached read-only anyway; this is for the in-memory database, where a table would vanish unseen.
-    connection.execute("PRAGMA query_only = ON").await?;
-    let statement = (&mut connection)
-        .prepare(AssertSqlSafe(sql).into_sql_str())
-        .await
-        .map_err(|error| explain(Error::from(error), live))?;
-    each(Part::Columns(statement.columns().iter().map(|c| c.name()).collect()))?;
-    let rows = sqlx::query(AssertSqlSafe(sql)).persistent(false).fetch(&mut connection);
-    each_row(rows, &mut |row: &[Value<'_>]| each(Part::Row(row))).await.map_err(|error| explain(error, live))
+    connection.pragma_update(None, "query_only", true)?;
+    let mut statement = connection.prepare(sql).map_err(|error| explain(Error::from(error), live))?;
+    each(Part::Columns(statement.column_names()))?;
+    let rows = each_row(&mut statement, Arguments::new(), &mut |row| each(Part::Row(row)));
+    rows.map_err(|error| explain(error, live))
 }
 
-async fn attach(connection: &mut SqliteConnection, generation: &GenerationRecord) -> Result<(), Error> {
+fn attach(connection: &Connection, generation: &GenerationRecord) -> Result<(), Error> {
     let alias = match generation.projection.as_str() {
         // SQLite's own names.
         name @ ("main" | "temp") => format!("projection_{name}"),
         name => name.to_owned(),
     };
-    sqlx::query(AssertSqlSafe(format!("ATTACH DATABASE ? AS {}", quote(&alias))))
-        .bind(uri(&generation.file)?)
-        .execute(connection)
-        .await?;
+    connection.execute(&format!("ATTACH DATABASE ? AS {}", quote(&alias)), [uri(&generation.file)?])?;
     Ok(())
 }
 
@@ -186,7 +179,7 @@ mod tests {
         }
     }
 
-    async fn run(live: &[GenerationRecord], sql: &str) -> Result<String, String> {
+    fn run(live: &[GenerationRecord], sql: &str) -> Result<String, String> {
         let mut out = String::new();
         let result = query(live, sql, |part| {
             match part {
@@ -195,11 +188,11 @@ mod tests {
             }
             Ok(())
         });
-        result.await.map(|()| out).map_err(|e| e.to_string())
+        result.map(|()| out).map_err(|e| e.to_string())
     }
 
-    #[tokio::test]
-    async fn views_of_several_projections_are_joined() {
+    #[test]
+    fn views_of_several_projections_are_joined() {
         let folder = tempfile::tempdir().unwrap();
         let generations = [
             live(folder.path(), "main", "flights", "('UA', 3), ('AA', 1)"),
@@ -212,7 +205,7 @@ mod tests {
             ("select * from \"carrier-names\".names", "k,n [Text(\"UA\"), Integer(0)]"),
             ("select '10' > '9' as t, max('10' collate decimal, '9') as m", "t,m [Integer(0), Text(\"10\")]"),
         ] {
-            assert_eq!(run(&generations, sql).await.as_deref(), Ok(expected), "{sql}");
+            assert_eq!(run(&generations, sql).as_deref(), Ok(expected), "{sql}");
         }
         for (sql, expected) in [
             ("select * from orders", "there is no view \"orders\"; the views are flights, names"),
@@ -222,21 +215,21 @@ mod tests {
             ("select 1; select 2", "only one statement"),
             ("selec", "syntax error"),
         ] {
-            let error = run(&generations, sql).await.unwrap_err();
+            let error = run(&generations, sql).unwrap_err();
             assert!(error.contains(expected), "{sql}: {error}");
         }
-        assert!(run(&[], "select * from x").await.unwrap_err().contains("there are no views yet"));
+        assert!(run(&[], "select * from x").unwrap_err().contains("there are no views yet"));
     }
 
-    #[tokio::test]
-    async fn only_so_many_projections_in_one_statement() {
+    #[test]
+    fn only_so_many_projections_in_one_statement() {
         let folder = tempfile::tempdir().unwrap();
         let generations: Vec<_> = (0..=limits::ATTACHED)
             .map(|i| live(folder.path(), &format!("p{i}"), &format!("v{i}"), "('a', 1)"))
             .collect();
         let union = |n: usize| (0..n).map(|i| format!("select n from v{i}")).collect::<Vec<_>>().join(" union all ");
-        assert!(run(&generations, &union(limits::ATTACHED)).await.is_ok());
-        let error = run(&generations, &union(limits::ATTACHED + 1)).await.unwrap_err();
+        assert!(run(&generations, &union(limits::ATTACHED)).is_ok());
+        let error = run(&generations, &union(limits::ATTACHED + 1)).unwrap_err();
         assert!(error.contains("views of 11 projections"), "{error}");
     }
 
