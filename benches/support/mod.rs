@@ -4,6 +4,7 @@
 #![allow(dead_code, reason = "each bench is a program of its own and uses a part of this")]
 
 mod events;
+pub(crate) mod http;
 
 use std::collections::BTreeMap;
 use std::fs;
