@@ -1,7 +1,7 @@
 //! What every bench needs: a process for each contestant, measuring it, modules and logs made once, a runtime in this
 //! process or the release binary beside it, numbers in order, a table and a JSON file.
 
-#![allow(dead_code, reason = "each bench is a program of its own and uses a part of this")]
+#![allow(dead_code, unused_imports, reason = "each bench is a program of its own and uses a part of this")]
 
 mod events;
 pub(crate) mod http;

@@ -243,6 +243,27 @@ impl<P: Projection> TestKit<P> {
     }
 }
 
+/// A projection at work in this process, with no rows stored: what benches compare the sandbox with.
+#[doc(hidden)]
+pub struct InProcess<P: Projection>(Instance<P>);
+
+impl<P: Projection> InProcess<P> {
+    /// `projection` is the name of the function with `#[projection]`.
+    pub fn new(projection: fn() -> P) -> Self {
+        let kit = TestKit::new(projection);
+        Self(kit.fresh_instance(&kit.store))
+    }
+
+    /// Applies a batch and returns the changes, both encoded.
+    ///
+    /// # Errors
+    ///
+    /// What the projection says; then it is of no more use.
+    pub fn apply(&mut self, batch: &[u8]) -> Result<Vec<u8>> {
+        self.0.apply(batch).map_err(|failure| Error::msg(failure.message))
+    }
+}
+
 /// An event for a [`TestKit`]: like an event in a log, with what a test does not care about left out.
 #[derive(Clone, Debug)]
 pub struct TestEvent {

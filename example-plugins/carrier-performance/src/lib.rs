@@ -80,8 +80,9 @@ struct FlightCarrier {
     carrier: String,
 }
 
+/// Counts each event for its airline.
 #[projection(name = "carrier-performance", version = 1, views(CarrierPerformance, FlightCarrier))]
-fn carrier_performance(event: Event<Fact>, views: &mut Views) -> Result<()> {
+pub fn carrier_performance(event: Event<Fact>, views: &mut Views) -> Result<()> {
     match event.data {
         Fact::Airline(e) => views.upsert::<CarrierPerformance>(e.carrier, |row| row.name = Some(e.name)),
         Fact::Scheduled(e) => {

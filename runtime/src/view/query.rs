@@ -16,13 +16,14 @@
 
 use std::borrow::Cow;
 use std::cmp::Ordering;
+use std::fmt::Write as _;
 
 use base64::Engine as _;
 use rusqlite::ToSql;
 use rusqlite::types::{ToSqlOutput, Value, ValueRef};
 
 use super::readers::Error;
-use super::row::quote;
+use super::row::push_quoted;
 use crate::manifest::{Column, ColumnType, ViewSchema};
 use crate::model::Time;
 
@@ -101,14 +102,15 @@ pub enum Comparison {
 }
 
 impl Comparison {
+    /// With the place for what is compared with.
     fn sql(self) -> &'static str {
         match self {
-            Comparison::Equal => "=",
-            Comparison::NotEqual => "<>",
-            Comparison::Greater => ">",
-            Comparison::GreaterOrEqual => ">=",
-            Comparison::Less => "<",
-            Comparison::LessOrEqual => "<=",
+            Comparison::Equal => " = ?",
+            Comparison::NotEqual => " <> ?",
+            Comparison::Greater => " > ?",
+            Comparison::GreaterOrEqual => " >= ?",
+            Comparison::Less => " < ?",
+            Comparison::LessOrEqual => " <= ?",
         }
     }
 }
@@ -249,59 +251,67 @@ impl Select {
         self.filters.iter().all(equal) && schema.key_columns().iter().all(found)
     }
 
-    /// The statement and its arguments. Whatever differs from one reader to the next is an argument, so that there are
-    /// few statements to be prepared.
+    /// The statement and its arguments. Values are arguments, so that there are few statements to be prepared; but not
+    /// the limit: SQLite plans by it, and would prepare a statement again each time that it is given one.
     pub(super) fn rows_sql(&self, schema: &ViewSchema) -> (String, Arguments<'_>) {
-        let mut arguments = Arguments::new();
-        let columns: Vec<_> = self.columns.iter().map(|o| quote(&schema.columns[o.column].name)).collect();
-        let sql = format!(
-            "SELECT {} FROM {}{} ORDER BY {} LIMIT ? OFFSET ?",
-            columns.join(", "),
-            quote(&schema.name),
-            self.where_sql(schema, &mut arguments),
-            self.order_sql(schema),
-        );
+        let (mut sql, mut arguments) = (String::with_capacity(512), Arguments::new());
+        for (i, output) in self.columns.iter().enumerate() {
+            sql.push_str(if i == 0 { "SELECT " } else { ", " });
+            push_quoted(&mut sql, &schema.columns[output.column].name);
+        }
+        sql.push_str(" FROM ");
+        push_quoted(&mut sql, &schema.name);
+        self.push_where(schema, &mut sql, &mut arguments);
+        sql.push_str(" ORDER BY ");
+        self.push_order(schema, &mut sql);
         // SQLite's limits are signed, and a negative one means none.
-        let bounds = [self.limit, self.offset].map(|n| i64::try_from(n).unwrap_or(i64::MAX));
-        arguments.extend(bounds.map(|n| Cow::Owned(Literal::Integer(n))));
+        let [limit, offset] = [self.limit, self.offset].map(|n| i64::try_from(n).unwrap_or(i64::MAX));
+        write!(sql, " LIMIT {limit} OFFSET ?").expect("writing to a string cannot fail");
+        arguments.push(Cow::Owned(Literal::Integer(offset)));
         (sql, arguments)
     }
 
     pub(super) fn count_sql(&self, schema: &ViewSchema) -> (String, Arguments<'_>) {
-        let mut arguments = Arguments::new();
-        let conditions = self.where_sql(schema, &mut arguments);
-        (format!("SELECT count(*) FROM {}{conditions}", quote(&schema.name)), arguments)
+        let (mut sql, mut arguments) = (String::from("SELECT count(*) FROM "), Arguments::new());
+        push_quoted(&mut sql, &schema.name);
+        self.push_where(schema, &mut sql, &mut arguments);
+        (sql, arguments)
     }
 
-    fn where_sql<'a>(&'a self, schema: &ViewSchema, arguments: &mut Arguments<'a>) -> String {
-        let conditions: Vec<_> = self.filters.iter().map(|f| f.sql(schema, arguments)).collect();
-        if conditions.is_empty() { String::new() } else { format!(" WHERE {}", conditions.join(" AND ")) }
+    fn push_where<'a>(&'a self, schema: &ViewSchema, sql: &mut String, arguments: &mut Arguments<'a>) {
+        for (i, filter) in self.filters.iter().enumerate() {
+            sql.push_str(if i == 0 { " WHERE " } else { " AND " });
+            filter.push(schema, sql, arguments);
+        }
     }
 
-    fn order_sql(&self, schema: &ViewSchema) -> String {
-        let mut terms: Vec<String> = self.order.iter().map(|o| o.sql(&schema.columns[o.column])).collect();
+    fn push_order(&self, schema: &ViewSchema, sql: &mut String) {
         // The key goes in the direction of the last term, so that an index (whose entries end with the key) can be
         // read forwards or backwards instead of sorting.
         let descending = self.order.last().is_some_and(|o| o.descending);
-        for column in schema.key_columns() {
-            if !self.order.iter().any(|o| o.column == column) {
-                terms.push(Order { column, descending, nulls_first: false }.sql(&schema.columns[column]));
+        let ordered = |column: &usize| self.order.iter().any(|o| o.column == *column);
+        let rest = schema.key_columns().into_iter().filter(|column| !ordered(column));
+        let rest = rest.map(|column| Order { column, descending, nulls_first: false });
+        for (i, order) in self.order.iter().copied().chain(rest).enumerate() {
+            if i > 0 {
+                sql.push_str(", ");
             }
+            order.push(&schema.columns[order.column], sql);
         }
-        terms.join(", ")
     }
 }
 
 impl Order {
-    fn sql(self, column: &Column) -> String {
-        let direction = if self.descending { " DESC" } else { "" };
+    fn push(self, column: &Column, sql: &mut String) {
+        push_quoted(sql, &column.name);
+        sql.push_str(collate(column.kind));
+        sql.push_str(if self.descending { " DESC" } else { "" });
         // Saying nothing about nulls lets SQLite use an index.
-        let nulls = match (column.nullable, self.nulls_first) {
+        sql.push_str(match (column.nullable, self.nulls_first) {
             (false, _) => "",
             (true, true) => " NULLS FIRST",
             (true, false) => " NULLS LAST",
-        };
-        format!("{}{}{direction}{nulls}", quote(&column.name), collate(column.kind))
+        });
     }
 }
 
@@ -310,33 +320,38 @@ fn collate(kind: ColumnType) -> &'static str {
 }
 
 impl Filter {
-    fn sql<'a>(&'a self, schema: &ViewSchema, arguments: &mut Arguments<'a>) -> String {
+    fn push<'a>(&'a self, schema: &ViewSchema, sql: &mut String, arguments: &mut Arguments<'a>) {
         let column = &schema.columns[self.column];
-        let name = format!("{}{}", quote(&column.name), collate(column.kind));
-        let mut bind = |literal: Cow<'a, Literal>| {
-            arguments.push(literal);
-            "?"
-        };
-        let mut pattern = |text: String| bind(Cow::Owned(Literal::Text(text)));
-        let condition = match &self.test {
-            Test::Like { pattern: like_this, ignore_case: false } => {
-                format!("{name} GLOB {}", pattern(glob(like_this)))
-            }
-            Test::Like { pattern: like_this, ignore_case: true } => {
-                format!("{name} LIKE {} ESCAPE '\\'", pattern(like(like_this)))
-            }
+        sql.push_str(if self.negated { "NOT (" } else { "" });
+        push_quoted(sql, &column.name);
+        sql.push_str(collate(column.kind));
+        match &self.test {
             Test::Compare(comparison, literal) => {
-                format!("{name} {} {}", comparison.sql(), bind(Cow::Borrowed(literal)))
+                sql.push_str(comparison.sql());
+                arguments.push(Cow::Borrowed(literal));
             }
             Test::In(literals) => {
-                let places: Vec<_> = literals.iter().map(|literal| bind(Cow::Borrowed(literal))).collect();
-                format!("{name} IN ({})", places.join(", "))
+                sql.push_str(" IN (");
+                for (i, literal) in literals.iter().enumerate() {
+                    sql.push_str(if i == 0 { "?" } else { ", ?" });
+                    arguments.push(Cow::Borrowed(literal));
+                }
+                sql.push(')');
             }
-            Test::IsNull => format!("{name} IS NULL"),
-            Test::IsNotNull => format!("{name} IS NOT NULL"),
-            Test::Is(value) => format!("{name} IS {}", i64::from(*value)),
-        };
-        if self.negated { format!("NOT ({condition})") } else { condition }
+            Test::Like { pattern, ignore_case: false } => {
+                sql.push_str(" GLOB ?");
+                arguments.push(Cow::Owned(Literal::Text(glob(pattern))));
+            }
+            Test::Like { pattern, ignore_case: true } => {
+                sql.push_str(" LIKE ? ESCAPE '\\'");
+                arguments.push(Cow::Owned(Literal::Text(like(pattern))));
+            }
+            Test::IsNull => sql.push_str(" IS NULL"),
+            Test::IsNotNull => sql.push_str(" IS NOT NULL"),
+            Test::Is(true) => sql.push_str(" IS 1"),
+            Test::Is(false) => sql.push_str(" IS 0"),
+        }
+        sql.push_str(if self.negated { ")" } else { "" });
     }
 }
 

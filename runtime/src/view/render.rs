@@ -14,7 +14,6 @@
 //! Results of SQL have SQLite's types only: a boolean is 0 or 1 there, a JSON column is a string.
 
 use std::borrow::Cow;
-use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
 use base64::Engine as _;
@@ -26,33 +25,44 @@ use crate::manifest::ColumnType;
 
 /// Writes rows as JSON objects.
 pub struct JsonRows {
-    columns: Vec<(String, Option<ColumnType>)>,
+    /// `{"name":` of the first column, `,"name":` of the others, back to back.
+    names: Vec<u8>,
+    /// Where each of these ends, and the column's type.
+    columns: Vec<(usize, Option<ColumnType>)>,
 }
 
 impl JsonRows {
     /// Columns by name and, for views, type. A name that comes again gets a number, as a join's `*` gives two columns
     /// of one name, and readers of JSON would drop one of them.
     pub fn new<'a>(columns: impl IntoIterator<Item = (&'a str, Option<ColumnType>)>) -> JsonRows {
-        let mut taken = BTreeSet::new();
-        let mut unique = |name: &str| {
-            let numbered = (2..).map(|n| format!("{name}_{n}"));
-            let mut names = std::iter::once(name.to_owned()).chain(numbered);
-            let name = names.find(|name| !taken.contains(name)).expect("numbers do not end");
-            taken.insert(name.clone());
-            format!("{}:", serde_json::to_string(&name).expect("a string"))
-        };
-        JsonRows { columns: columns.into_iter().map(|(name, kind)| (unique(name), kind)).collect() }
+        let mut rows = JsonRows { names: Vec::with_capacity(256), columns: Vec::new() };
+        let mut taken: Vec<Cow<'_, str>> = Vec::new();
+        for (name, kind) in columns {
+            let mut unique = Cow::Borrowed(name);
+            let mut n = 1;
+            while taken.contains(&unique) {
+                n += 1;
+                unique = Cow::Owned(format!("{name}_{n}"));
+            }
+            rows.names.push(if taken.is_empty() { b'{' } else { b',' });
+            serde_json::to_writer(&mut rows.names, &unique).expect("writing to memory cannot fail");
+            rows.names.push(b':');
+            rows.columns.push((rows.names.len(), kind));
+            taken.push(unique);
+        }
+        rows
     }
 
     /// Appends one row.
     pub fn write(&self, values: &[Value<'_>], out: &mut Vec<u8>) {
-        out.push(b'{');
-        for (i, ((name, kind), value)) in self.columns.iter().zip(values).enumerate() {
-            if i > 0 {
-                out.push(b',');
-            }
-            out.extend_from_slice(name.as_bytes());
+        if self.columns.is_empty() {
+            out.push(b'{');
+        }
+        let mut start = 0;
+        for ((end, kind), value) in self.columns.iter().zip(values) {
+            out.extend_from_slice(&self.names[start..*end]);
             write_json(*kind, *value, out);
+            start = *end;
         }
         out.push(b'}');
     }

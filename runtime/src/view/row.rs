@@ -33,7 +33,19 @@ pub struct Table {
 
 /// Quotes a name for SQL. Names are validated, but some of them are keywords.
 pub(super) fn quote(name: &str) -> String {
-    format!("\"{}\"", name.replace('"', "\"\""))
+    let mut quoted = String::with_capacity(name.len() + 2);
+    push_quoted(&mut quoted, name);
+    quoted
+}
+
+/// The same, at the end of a statement that is being written.
+pub(super) fn push_quoted(sql: &mut String, name: &str) {
+    sql.push('"');
+    for (i, part) in name.split('"').enumerate() {
+        sql.push_str(if i == 0 { "" } else { "\"\"" });
+        sql.push_str(part);
+    }
+    sql.push('"');
 }
 
 impl Table {
