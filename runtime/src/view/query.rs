@@ -406,6 +406,36 @@ mod tests {
     use super::*;
 
     #[test]
+    fn one_key_is_all_of_it_and_by_equality() {
+        let column = |name: &str, kind| Column { name: name.into(), kind, nullable: false };
+        let schema = |kind| ViewSchema {
+            name: "v".into(),
+            columns: vec![column("a", ColumnType::Text), column("b", kind), column("c", ColumnType::Text)],
+            key: vec!["a".into(), "b".into()],
+            indexes: Vec::new(),
+        };
+        let is = |kind, filters: &[(usize, bool, Comparison)]| {
+            let filter = |&(column, negated, comparison)| Filter {
+                column,
+                negated,
+                test: Test::Compare(comparison, Literal::Integer(1)),
+            };
+            let select = Select { filters: filters.iter().map(filter).collect(), ..Select::default() };
+            select.is_of_one_key(&schema(kind))
+        };
+        use Comparison::*;
+        let (a, b) = ((0, false, Equal), (1, false, Equal));
+        assert!(is(ColumnType::Integer, &[a, b]));
+        assert!(is(ColumnType::Integer, &[b, (2, false, Equal), a]));
+        assert!(!is(ColumnType::Integer, &[a]));
+        assert!(!is(ColumnType::Integer, &[]));
+        assert!(!is(ColumnType::Integer, &[a, (1, true, Equal)]));
+        assert!(!is(ColumnType::Integer, &[a, (1, false, GreaterOrEqual)]));
+        assert!(!is(ColumnType::Integer, &[a, b, (2, false, NotEqual)]));
+        assert!(!is(ColumnType::Decimal, &[a, b]), "the index is in the order of the text");
+    }
+
+    #[test]
     fn literals_by_column_type() {
         use ColumnType::*;
         let text = |text: &str| Some(Literal::Text(text.into()));
