@@ -228,7 +228,8 @@ fn print_tables(kinds: &[Kind]) {
     let mut targets = table(&["read", "requests/s / bare", "p99 while rebuilding, ms"]);
     for kind in kinds {
         let median = |of: &dyn Fn(&Round) -> f64| Samples::new(kind.rounds.iter().map(of)).median();
-        let contestants: [(_, fn(&Round) -> &Measured); 3] = [
+        type Of = fn(&Round) -> &Measured;
+        let contestants: [(_, Of); 3] = [
             ("bare axum", |round| &round.bare),
             ("shadowbox", |round| &round.ours),
             ("shadowbox while rebuilding", |round| &round.rebuilding),

@@ -70,7 +70,7 @@ impl Client {
     }
 
     async fn read(&mut self) -> Result<()> {
-        let mut chunk = [0; 1 << 14];
+        let mut chunk = [0; 1 << 13];
         loop {
             self.stream.readable().await?;
             match self.stream.try_read(&mut chunk) {

@@ -161,6 +161,13 @@ fn cpu_seconds(stat: &Path) -> Result<f64> {
     Ok(ticks.sum::<Result<f64, _>>()? / 100.0)
 }
 
+/// The nanoseconds for which this thread has been running. Finer than [`Process::cpu_seconds`]; other processes' turns
+/// are not in it.
+pub(crate) fn thread_nanoseconds() -> Result<f64> {
+    let text = fs::read_to_string("/proc/thread-self/schedstat")?;
+    Ok(text.split_whitespace().next().context("an empty schedstat")?.parse()?)
+}
+
 /// What one contestant needed, measured by itself.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Usage {
