@@ -1,5 +1,4 @@
 //! Connections to the files of live views, for reading: pools, snapshots, deadlines.
-
 //!
 //! rusqlite instead of a pool of sqlx: there, each step of a query (begin, checkpoint, rows, end) is a message to another
 //! thread and back, which costs several times what looking up a row does. Here a query is one function. It runs where
