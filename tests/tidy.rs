@@ -65,12 +65,14 @@ fn modules_depend_downwards() {
             }
         }
     };
-    let upper = ["http", "supervisor", "projection"];
+    let upper = ["http", "proof", "supervisor", "projection"];
     no("plugin", &[&upper[..], &["view", "log"]].concat());
     no("view", &[&upper[..], &["plugin", "log"]].concat());
     no("log", &[&upper[..], &["plugin", "view"]].concat());
-    no("projection", &["http", "supervisor"]);
-    no("supervisor.rs", &["http"]);
+    no("projection", &["http", "proof", "supervisor"]);
+    no("supervisor.rs", &["http", "proof"]);
+    no("proof", &["http"]);
+    no("http", &["proof"]);
     for low in ["model.rs", "manifest.rs", "config.rs"] {
         no(low, &[&upper[..], &["plugin", "view", "log"]].concat());
     }

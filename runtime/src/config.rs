@@ -86,6 +86,10 @@ pub mod limits {
     /// Events behind the head that still count as current in `/readyz` while a rebuild runs. Fewer than one batch has,
     /// so that a moment's work does not look like an outage.
     pub const READY_LAG: u64 = 1_000;
+    /// Rows of each kind of difference and each view that a proof shows. All are counted; more than these nobody reads.
+    pub const PROOF_SAMPLES: u64 = 10;
+    /// Events that a proof names for a row that differs: the last ones that changed it.
+    pub const PROOF_EVENTS: usize = 5;
     /// How long a clean stop may take before the process leaves anyway. Every commit is atomic, so nothing is lost.
     pub const SHUTDOWN: Duration = Duration::from_secs(10);
 }

@@ -11,6 +11,7 @@
 //! - [`view`]: rows, the files that hold them, the only transaction that changes them, and queries.
 //! - [`projection`]: where these three meet: the loop read, apply, commit, and what happens to generations.
 //! - [`supervisor`]: what should run against what runs; the handle on a running Shadowbox.
+//! - [`proof`]: whether a live view is the fold of the log, and what another module would make of it.
 //! - [`http`]: queries, events in, status.
 //!
 //! # Invariants
@@ -27,8 +28,8 @@
 //!    and `cli/` print.
 //! 6. [`projection::lifecycle`] has no clock, no I/O, no async.
 //! 7. Reload and rebuild are one mechanism: begin a generation, catch up, promote it in one step, drop the old one.
-//! 8. Modules depend downwards: `main`, then `http` and `supervisor`, then `projection`, then `plugin`, `view` and `log`,
-//!    which never name each other, then `model`, `manifest` and `config`.
+//! 8. Modules depend downwards: `main`, then `http` and `proof`, then `supervisor`, then `projection`, then `plugin`,
+//!    `view` and `log`, which never name each other, then `model`, `manifest` and `config`.
 
 pub mod config;
 pub mod http;
@@ -37,5 +38,6 @@ pub mod manifest;
 pub mod model;
 pub mod plugin;
 pub mod projection;
+pub mod proof;
 pub mod supervisor;
 pub mod view;

@@ -11,17 +11,18 @@ use clap::Parser;
 fn main() -> ExitCode {
     let cli = cli::Cli::parse();
     cli::log_to_stderr(&cli);
+    let failure = cli.exit_code_of_errors();
     let runtime = tokio::runtime::Runtime::new().expect("threads can be started");
     let result = runtime.block_on(cli::run(cli));
     // Threads that wait for files or sockets need not be waited for: everything that counts is committed.
     runtime.shutdown_background();
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         // Whoever read our output has had enough.
         Err(error) if is_closed_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("shadowbox: {error:#}");
-            ExitCode::FAILURE
+            failure
         }
     }
 }

@@ -431,6 +431,15 @@ impl Columns {
         }
     }
 
+    /// The events of which `takes` says so by their source and position, in the same order.
+    pub fn select(&self, takes: impl Fn(u16, Position) -> bool) -> Columns {
+        let mut selected = Columns::new(self.set);
+        for i in (0..self.len()).filter(|&i| takes(self.source(i), self.position(i))) {
+            selected.push(self.source(i), self.event_type(i), self.get(i));
+        }
+        selected
+    }
+
     /// The batch as a plugin gets it: one MessagePack map with those optional columns that are in `wanted`.
     pub fn encode(&self, sources: &[Arc<str>], types: &[Arc<str>], wanted: ColumnSet) -> Vec<u8> {
         use serde_bytes::Bytes;

@@ -18,7 +18,7 @@ use crate::model::Position;
 use crate::plugin::{self, Engine, Folder, Found, Module};
 use crate::projection::lifecycle::{Building, Live};
 use crate::projection::{Activity, Manager, Shared, Snapshot, SnapshotGeneration};
-use crate::view::{self, Catalogue};
+use crate::view::{self, Catalogue, Scratch};
 
 pub use crate::projection::LiveView;
 
@@ -137,6 +137,8 @@ pub struct ProjectionStatus {
     pub live: GenerationStatus,
     /// The generation that is being built.
     pub building: Option<GenerationStatus>,
+    /// The hash of the module in the folder, if it is not taken up because a person went back from it.
+    pub rolled_back_from: Option<String>,
 }
 
 /// How long a measured rate is worth showing.
@@ -171,6 +173,10 @@ impl Runtime {
         let file = |path: &Path, error| Error::File { path: path.to_owned(), error };
         std::fs::create_dir_all(&data).map_err(|e| file(&data, e))?;
         let lock = take(&data)?;
+        if let Err(error) = Scratch::sweep(&data) {
+            // It costs space, and nothing else.
+            tracing::warn!(%error, "cannot remove what proofs have left");
+        }
         let modules = data.join("modules");
         std::fs::create_dir_all(&modules).map_err(|e| file(&modules, e))?;
         let log = EventLog::open(&data)?;
@@ -243,14 +249,22 @@ impl Runtime {
 
     /// Begins a rebuild, unless one is running; answers the new generation's number.
     pub async fn rebuild(&self, projection: &str) -> Result<u64, Error> {
+        self.manager(projection)?.rebuild().await.map_err(Error::Refused)
+    }
+
+    /// Begins to go back to the former generation that is kept: it catches up and is promoted. Answers its number.
+    pub async fn rollback(&self, projection: &str) -> Result<u64, Error> {
+        self.manager(projection)?.rollback().await.map_err(Error::Refused)
+    }
+
+    fn manager(&self, projection: &str) -> Result<Manager, Error> {
         let manager = self.inner.managers.lock().expect("no panics while it is held").get(projection).cloned();
-        let Some(manager) = manager else {
+        manager.ok_or_else(|| {
             let names: Vec<_> = self.status().projections.into_iter().map(|p| p.name).collect();
             let known =
                 if names.is_empty() { "there are none yet".into() } else { format!("there are: {}", names.join(", ")) };
-            return Err(Error::UnknownProjection { name: projection.to_owned(), known });
-        };
-        manager.rebuild().await.map_err(Error::Refused)
+            Error::UnknownProjection { name: projection.to_owned(), known }
+        })
     }
 
     /// Says in the data directory where HTTP listens, for the command line.
@@ -451,6 +465,23 @@ impl Plan {
     }
 }
 
+/// What dropping `module` into the folder would come to, by the rules that the runtime goes by: the file that it would
+/// be, and why it would be refused. It takes the place of the file that runs its projection, if there is one, else it is
+/// `file`. `folder` is what is there now.
+pub fn would_refuse(
+    module: &Module,
+    file: &str,
+    folder: &[Found],
+    owner: &dyn Fn(&str) -> Option<String>,
+) -> (String, Option<String>) {
+    let now = Plan::make(&Wanted::new(), folder, owner).wanted;
+    let file = now.get(&module.manifest.projection).map_or(file, |(file, _)| file).to_owned();
+    let mut then: Vec<Found> = folder.iter().filter(|found| found.file != file).cloned().collect();
+    then.push(Found { file: file.clone(), module: Ok(module.clone()) });
+    let refused = Plan::make(&now, &then, owner).refused.into_iter().find(|refused| refused.file == file);
+    (file, refused.map(|refused| refused.reason))
+}
+
 fn clash(
     module: &Module,
     wanted: &Wanted,
@@ -514,13 +545,15 @@ fn projection_status(name: String, snapshot: &Snapshot, heads: &Heads) -> Option
         _ => None,
     };
     let refused = || snapshot.refused.clone();
+    let build = if snapshot.state.back { "rollback" } else { "rebuild" };
     let build_failed =
-        || build_fault.as_ref().map(|r| format!("the rebuild failed: {r}; the former generation goes on"));
+        || build_fault.as_ref().map(|r| format!("the {build} failed: {r}; the former generation goes on"));
     let error = fault.or_else(refused).or_else(build_failed);
     let mut live_status = generation_status(live, heads, error);
     if let Some(module) = snapshot.state.live.module() {
         live_status.module_hash.clone_from(&module.hash);
     }
+    let runs = |hash: &String| snapshot.state.live.module().is_some_and(|m| m.hash == *hash);
     // By positions in the first place: what a worker says of itself may be a moment old.
     let at_head = live_status.lag_events == 0 || live.progress.borrow().activity == Activity::AtHead;
     let state = match (&snapshot.state.live, &snapshot.state.building) {
@@ -537,6 +570,7 @@ fn projection_status(name: String, snapshot: &Snapshot, heads: &Heads) -> Option
         views: live.record.manifest.views.iter().map(|v| v.name.clone()).collect(),
         live: live_status,
         building: building.map(|b| generation_status(b, heads, build_fault)),
+        rolled_back_from: snapshot.state.held.clone().filter(|held| !runs(held)),
     })
 }
 

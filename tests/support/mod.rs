@@ -53,7 +53,7 @@ fn build_modules() -> PathBuf {
         let file = format!("{}.wasm", name.replace('-', "_"));
         std::fs::copy(built.join(&file), kept.join(&file)).unwrap();
     }
-    for variant in ["", "tweaked", "v2", "broken", "v2,broken", "columns"] {
+    for variant in ["", "tweaked", "v2", "broken", "v2,broken", "columns", "stateful"] {
         build(&["-p", "ledger", "--features", variant]);
         let name = if variant.is_empty() { "ledger".to_owned() } else { format!("ledger+{variant}") };
         std::fs::copy(built.join("ledger.wasm"), kept.join(format!("{name}.wasm"))).unwrap();

@@ -11,10 +11,12 @@ macro_rules! say {
 mod demo;
 mod events;
 mod plugin;
+mod proof;
 mod serve;
 mod views;
 
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -36,8 +38,10 @@ Examples:
   cp my_projection.wasm plugins/                  start, or replace, a projection
   shadowbox query 'select * from order_summary'   SQL over all live views
   shadowbox status                                how far every projection is, and what is wrong
+  shadowbox plan new.wasm                         what would dropping this module do?
+  shadowbox verify order-summary                  are its views the fold of the log?
 
-Exit codes: 0 done, 1 failed, 2 wrong usage."
+Exit codes: 0 done, 1 failed, 2 wrong usage; those of verify and plan are in their --help."
 )]
 pub(crate) struct Cli {
     #[command(subcommand)]
@@ -73,6 +77,14 @@ enum Command {
     Query(views::Query),
     /// Rebuild a projection's views from offset zero, while the live ones go on answering
     Rebuild(views::Rebuild),
+    /// Prove that a projection's live views are the fold of the log: replay it in the shadow and compare row by row
+    Verify(proof::Verify),
+    /// Say what dropping a module would do: run it over the log in the shadow and compare; nothing is promoted
+    Plan(proof::Plan),
+    /// Go back to the former generation of a projection: it catches up and is promoted again
+    ///
+    /// The module in the plugin folder is not taken up again until another one is in its place.
+    Rollback(views::Rollback),
     /// Make a new plugin, or check a module
     #[command(subcommand)]
     Plugin(plugin::Plugin),
@@ -89,17 +101,31 @@ enum Format {
 }
 
 /// Runs the command that was given.
-pub(crate) async fn run(cli: Cli) -> Result<()> {
+pub(crate) async fn run(cli: Cli) -> Result<ExitCode> {
     let Cli { command, common } = cli;
     match command {
+        Command::Verify(command) => return command.run(&common).await,
+        Command::Plan(command) => return command.run(&common).await,
         Command::Run(command) => command.run(&common).await,
         Command::Append(command) => command.run(&common),
         Command::Events(command) => command.run(&common).await,
         Command::Status(command) => command.run(&common).await,
         Command::Query(command) => command.run(&common).await,
         Command::Rebuild(command) => command.run(&common),
+        Command::Rollback(command) => command.run(&common),
         Command::Plugin(command) => command.run(&common),
         Command::Demo(command) => command.run(&common).await,
+    }
+    .map(|()| ExitCode::SUCCESS)
+}
+
+impl Cli {
+    /// The exit code of an error. A proof has two answers; an error is neither of them.
+    pub(crate) fn exit_code_of_errors(&self) -> ExitCode {
+        match self.command {
+            Command::Verify(_) | Command::Plan(_) => ExitCode::from(proof::UNKNOWN),
+            _ => ExitCode::FAILURE,
+        }
     }
 }
 

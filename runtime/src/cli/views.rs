@@ -1,4 +1,4 @@
-//! `shadowbox status`, `query` and `rebuild`.
+//! `shadowbox status`, `query`, `rebuild` and `rollback`.
 
 use std::io::Write;
 use std::time::Duration;
@@ -13,7 +13,7 @@ use shadowbox::log::EventLog;
 use shadowbox::supervisor::{
     GenerationStatus, ProjectionState, ProjectionStatus, SourceHead, SourceStatus, Status as Snapshot,
 };
-use shadowbox::view::{Catalogue, GenerationRecord, Role, readers, render, sql};
+use shadowbox::view::{Catalogue, GenerationRecord, ProjectionRecord, Role, readers, render, sql};
 
 use super::{Common, Format, ask, running};
 
@@ -58,7 +58,7 @@ impl Status {
 async fn at_rest(config: &Config) -> Result<Snapshot> {
     let heads = EventLog::open(&config.data)?.heads_now();
     let mut projections = Vec::new();
-    for record in live(config).await? {
+    for (record, held) in live_and_held(config).await? {
         let marks = if record.file.exists() { readers::read_marks(&record.file)? } else { Vec::new() };
         let (mut sources, mut lag_events, mut lag_seconds) = (Vec::new(), 0, 0.0_f64);
         for subscription in &record.manifest.sources {
@@ -91,6 +91,8 @@ async fn at_rest(config: &Config) -> Result<Snapshot> {
                 error: None,
             },
             building: None,
+            // A module may have been dropped since; the next start looks.
+            rolled_back_from: held,
         });
     }
     let sources = heads.iter().map(|(s, h)| SourceHead { source: s.to_string(), head: h.position }).collect();
@@ -99,9 +101,18 @@ async fn at_rest(config: &Config) -> Result<Snapshot> {
 
 /// The live generations of a data directory, by the names of their projections.
 async fn live(config: &Config) -> Result<Vec<GenerationRecord>> {
+    Ok(live_and_held(config).await?.into_iter().map(|(live, _)| live).collect())
+}
+
+/// The same, each with the hash of the module that it was rolled back from.
+async fn live_and_held(config: &Config) -> Result<Vec<(GenerationRecord, Option<String>)>> {
     let Some(catalogue) = Catalogue::open_read_only(&config.data).await? else { return Ok(Vec::new()) };
     let projections = catalogue.projections().await?;
-    Ok(projections.iter().filter_map(|p| p.role(Role::Live).cloned()).collect())
+    let live = |p: &ProjectionRecord| {
+        let live = p.role(Role::Live)?;
+        Some((live.clone(), p.held.clone().filter(|held| *held != live.module)))
+    };
+    Ok(projections.iter().filter_map(live).collect())
 }
 
 fn print(status: &Snapshot) -> Result<()> {
@@ -120,6 +131,14 @@ fn print(status: &Snapshot) -> Result<()> {
     for p in status.projections.iter() {
         if let Some(error) = &p.live.error {
             say!("{}: {error}", p.name);
+        }
+        if let Some(hash) = &p.rolled_back_from {
+            let hash = &hash[..hash.len().min(8)];
+            say!(
+                "{0}: rolled back; module {hash} in the plugin folder is not taken up; drop another one to go on, or go \
+                 back to it with shadowbox rollback {0}",
+                p.name
+            );
         }
     }
     for refused in &status.refused {
@@ -248,7 +267,8 @@ impl Rebuild {
         let begun: serde_json::Value = ask("POST", &format!("{url}/rebuild"))?;
         let generation = begun["generation"].as_u64().unwrap_or_default();
         if self.wait {
-            wait(&url, generation)?;
+            // A later one may have been promoted meanwhile.
+            wait(&url, generation, |live| live >= generation)?;
         }
         let done = if self.wait { "is live" } else { "is being built" };
         if self.json {
@@ -260,12 +280,44 @@ impl Rebuild {
     }
 }
 
-fn wait(url: &str, generation: u64) -> Result<()> {
+#[derive(Args)]
+pub(super) struct Rollback {
+    /// The projection's name
+    projection: String,
+    /// Wait until the former generation is live again
+    #[arg(long)]
+    wait: bool,
+    /// Print the result as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl Rollback {
+    pub(super) fn run(self, common: &Common) -> Result<()> {
+        let config = common.existing()?;
+        let address = running(&config)?;
+        let url = format!("{address}/projections/{}", self.projection);
+        let begun: serde_json::Value = ask("POST", &format!("{url}/rollback"))?;
+        let generation = begun["generation"].as_u64().unwrap_or_default();
+        if self.wait {
+            wait(&url, generation, |live| live == generation)?;
+        }
+        let done = if self.wait { "is live again" } else { "is catching up" };
+        if self.json {
+            say!("{}", json!({ "projection": self.projection, "generation": generation, "live": self.wait }));
+        } else {
+            say!("generation {generation} of {} {done}", self.projection);
+        }
+        Ok(())
+    }
+}
+
+fn wait(url: &str, generation: u64, is_live: impl Fn(u64) -> bool) -> Result<()> {
     let style = "{bar:30} {pos}/{len} events {msg} {eta} left";
     let bar = ProgressBar::new(0).with_style(ProgressStyle::with_template(style).expect("a valid template"));
     loop {
         let status: ProjectionStatus = ask("GET", url)?;
-        if status.live.generation >= generation {
+        if is_live(status.live.generation) {
             bar.finish_and_clear();
             return Ok(());
         }

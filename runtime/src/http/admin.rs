@@ -24,6 +24,7 @@ pub(super) async fn index() -> Json<Value> {
             "GET /projections": "state, checkpoints, lag and errors of all projections",
             "GET /projections/{projection}": "of one",
             "POST /projections/{projection}/rebuild": "build its views anew while the present ones go on answering",
+            "POST /projections/{projection}/rollback": "go back to the former generation that is kept",
             "GET /status": "projections, heads of the log, refused modules",
             "GET /healthz": "200 while the process works",
             "GET /readyz": "200 while all views are current",
@@ -58,7 +59,17 @@ pub(super) async fn projection(
 
 /// `POST /projections/{name}/rebuild`
 pub(super) async fn rebuild(State(app): State<App>, Path(name): Path<String>) -> Result<Response, Failure> {
-    let generation = app.runtime.rebuild(&name).await.map_err(|error| match &error {
+    begun(&name, app.runtime.rebuild(&name).await)
+}
+
+/// `POST /projections/{name}/rollback`
+pub(super) async fn rollback(State(app): State<App>, Path(name): Path<String>) -> Result<Response, Failure> {
+    begun(&name, app.runtime.rollback(&name).await)
+}
+
+/// The generation that is on its way now.
+fn begun(name: &str, generation: Result<u64, Error>) -> Result<Response, Failure> {
+    let generation = generation.map_err(|error| match &error {
         Error::UnknownProjection { .. } => Failure::not_found(error.to_string()),
         _ => Failure::new(StatusCode::CONFLICT, "conflict", error.to_string()),
     })?;
@@ -151,7 +162,8 @@ mod tests {
             };
             let file = file.then(|| "p.wasm".to_owned());
             let (name, views) = ("p".to_owned(), vec!["v".to_owned()]);
-            let projection = ProjectionStatus { name, state, file, views, live, building: None };
+            let projection =
+                ProjectionStatus { name, state, file, views, live, building: None, rolled_back_from: None };
             let status = Status { sources: Vec::new(), projections: vec![projection], refused: Vec::new() };
             assert_eq!(not_current(&status).is_empty(), ready, "{state:?} {lag} {error:?}");
         }

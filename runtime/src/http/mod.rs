@@ -69,6 +69,7 @@ fn router(app: App) -> Router {
         .route("/projections", get(admin::projections))
         .route("/projections/{projection}", get(admin::projection))
         .route("/projections/{projection}/rebuild", post(admin::rebuild))
+        .route("/projections/{projection}/rollback", post(admin::rollback))
         .route("/status", get(admin::status))
         .route("/healthz", get(admin::health))
         .route("/readyz", get(admin::ready))

@@ -126,6 +126,14 @@ impl Folder {
     }
 }
 
+/// What is in a folder now, by file name; nothing of it is kept. A folder that is not there is empty.
+pub fn look(folder: &Path, engine: &Engine) -> Vec<Found> {
+    let files = list(folder).unwrap_or_default();
+    let admit = |file: &str| read(&folder.join(file)).and_then(|bytes| engine.admit(&bytes));
+    let found = |file: String| Found { module: admit(&file).map_err(|error| error.to_string()), file };
+    files.into_keys().map(found).collect()
+}
+
 /// The file is read once: what is admitted is what is stored.
 fn admit(engine: &Engine, store: &Path, file: &Path) -> Result<Module, Error> {
     let bytes = read(file)?;

@@ -95,6 +95,8 @@ impl WasiView for Host {
 struct Memory {
     limit: usize,
     exceeded: bool,
+    /// Bytes that the guest has now; a linear memory never shrinks.
+    size: usize,
 }
 
 /// Bounds the number of memories, tables and core instances in one component; ours have one memory and a few shims.
@@ -106,6 +108,9 @@ const TABLE_ELEMENTS: usize = 100_000;
 impl ResourceLimiter for Memory {
     fn memory_growing(&mut self, _: usize, desired: usize, _: Option<usize>) -> wasmtime::Result<bool> {
         self.exceeded |= desired > self.limit;
+        if desired <= self.limit {
+            self.size = desired;
+        }
         Ok(desired <= self.limit)
     }
 
@@ -240,7 +245,7 @@ impl Instance {
             .allow_udp(false)
             .allow_ip_name_lookup(false)
             .build();
-        let limits = Memory { limit: sandbox.memory, exceeded: false };
+        let limits = Memory { limit: sandbox.memory, exceeded: false, size: 0 };
         let host = Host { wasi, table: ResourceTable::new(), rows, output, limits, failed: None };
         let mut store = Store::new(pre.engine(), host);
         store.limiter(|host| &mut host.limits);
@@ -255,6 +260,11 @@ impl Instance {
         self.store.set_epoch_deadline(ticks(self.deadline));
         let result = self.plugin.shadowbox_plugin_projection().call_describe(&mut self.store);
         result.map_err(|error| explain(error, &mut self.store, self.deadline))
+    }
+
+    /// Bytes of linear memory that it has; so much it needed at most.
+    pub fn memory(&self) -> usize {
+        self.store.data().limits.size
     }
 
     /// Hands a batch over and returns the encoded changes. What the plugin printed goes to the log.

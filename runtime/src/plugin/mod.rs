@@ -10,7 +10,7 @@ mod instance;
 use std::path::Path;
 
 pub use engine::{Engine, Module, hash};
-pub use folder::{Folder, Found};
+pub use folder::{Folder, Found, look};
 pub use instance::{Instance, RowError, Rows};
 
 use crate::config::{SandboxLimits, limits};

@@ -2,7 +2,8 @@
 //!
 //! [`State::next`] takes what has happened and answers what to do. The manager does it in that order, and each action
 //! is complete before the next begins. A hot swap is a restart of the live generation with other code; a rebuild and a
-//! new version are one thing: begin a generation, catch up, promote it in one step, drop the old one.
+//! new version are one thing: begin a generation, catch up, promote it in one step, drop the old one. A rollback is the
+//! same with a former generation in place of an empty one.
 
 /// A module as far as the lifecycle cares.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -17,7 +18,7 @@ pub struct ModuleId {
 
 impl ModuleId {
     /// True if this module may go on from the other's rows.
-    fn continues(&self, other: &ModuleId) -> bool {
+    pub fn continues(&self, other: &ModuleId) -> bool {
         self.version == other.version && self.schema == other.schema
     }
 }
@@ -66,6 +67,13 @@ pub enum Input {
     Wanted(Option<ModuleId>),
     /// A person asks for a rebuild.
     Rebuild,
+    /// A person asks for the former generation back. Not while a build runs.
+    Rollback {
+        /// The module that built it.
+        to: ModuleId,
+        /// The hash of the module that the folder has.
+        folder: String,
+    },
     /// The live worker has committed the first batch of its module.
     LiveProved,
     /// The live worker has ended, because going on would lose or corrupt data.
@@ -97,6 +105,12 @@ pub enum Action {
     StopBuilding,
     /// Stop and remove the building generation.
     DropBuilding,
+    /// Make the newest former generation the building one, unless it is that already.
+    Revive,
+    /// Stop the building generation, which is a former one, and keep it as such.
+    Shelve,
+    /// Note which module of the folder is not to be taken up.
+    Hold(Option<String>),
     /// Tell the building worker where the live generation has stopped.
     Finish,
     /// Make the building generation live and drop what is too old. Its worker goes on.
@@ -112,6 +126,10 @@ pub struct State {
     pub live: Live,
     /// The generation that is being built.
     pub building: Building,
+    /// The building generation is a former one on its way back.
+    pub back: bool,
+    /// The hash of a module that was rolled back from. As long as the folder has it, it is not taken up.
+    pub held: Option<String>,
 }
 
 impl Live {
@@ -159,12 +177,20 @@ impl State {
                 let module = self.live.module().expect("a projection has a live generation before anyone can see it");
                 let module = match &self.building {
                     // A build that has failed is done again with the module that was meant.
-                    Building::Faulted(m, _) => m.clone(),
+                    Building::Faulted(m, _) if !self.back => m.clone(),
                     _ => module.clone(),
                 };
                 if !matches!(self.building, Building::Running(_) | Building::Finishing(_)) {
                     self.build(module, &mut actions);
                 }
+            }
+            Input::Rollback { to, folder } => {
+                assert!(matches!(self.building, Building::None | Building::Faulted(..)), "refused while a build runs");
+                if !self.back {
+                    self.end_build(&mut actions);
+                }
+                self.hold(Some(folder), &mut actions);
+                self.revive(to, &mut actions);
             }
             Input::LiveProved => {
                 if let Live::Proving { module, .. } = &self.live {
@@ -193,9 +219,14 @@ impl State {
             }
             Input::BuildPassed => {
                 let Building::Finishing(module) = &self.building else { unreachable!("passed in {:?}", self.building) };
+                let module = module.clone();
                 self.live = Live::Running(module.clone());
                 self.building = Building::None;
                 actions.push(Action::Promote);
+                if std::mem::take(&mut self.back) && self.held.as_ref() == Some(&module.hash) {
+                    // Back to what the folder has: there is nothing to be kept from it any more.
+                    self.hold(None, &mut actions);
+                }
             }
             Input::BuildFaulted(reason) => {
                 let module = self.building.module().expect("a build faulted").clone();
@@ -213,27 +244,20 @@ impl State {
             actions.push(Action::CreateLive(wanted.clone()));
             return self.start_live(wanted, actions);
         };
+        if self.held.as_ref() == Some(&wanted.hash) {
+            // A person went back from it; what runs instead goes on with the module that it had.
+            return self.resume(actions);
+        }
+        self.hold(None, actions);
         let builds_wanted = self.building.module() == Some(&wanted);
         if builds_wanted && (wanted == current || !wanted.continues(&current)) {
             // It is on its way already; after a restart it goes on, and the live one with what it had.
-            self.resume_live(actions);
-            match self.building.clone() {
-                Building::Stopped(module) => {
-                    actions.push(Action::StartBuilding(module.clone()));
-                    self.building = Building::Running(module);
-                }
-                Building::Faulted(module, _) => self.build(module, actions),
-                Building::None | Building::Running(_) | Building::Finishing(_) => {}
-            }
-            return;
+            return self.resume(actions);
         }
-        let was_rebuilding = !matches!(self.building, Building::None);
-        if was_rebuilding {
-            actions.push(Action::DropBuilding);
-            self.building = Building::None;
-            if let Live::Waiting(module) = &self.live {
-                self.live = Live::Stopped(module.clone());
-            }
+        let was_rebuilding = !matches!(self.building, Building::None) && !self.back;
+        self.end_build(actions);
+        if let Live::Waiting(module) = &self.live {
+            self.live = Live::Stopped(module.clone());
         }
         if wanted == current {
             // The file is what it was before; a build of something else is not wanted any more.
@@ -292,6 +316,20 @@ impl State {
         self.live = Live::Running(module);
     }
 
+    /// Live and building generation go on with the modules that they have.
+    fn resume(&mut self, actions: &mut Vec<Action>) {
+        self.resume_live(actions);
+        match self.building.clone() {
+            Building::Stopped(module) => {
+                actions.push(Action::StartBuilding(module.clone()));
+                self.building = Building::Running(module);
+            }
+            Building::Faulted(module, _) if self.back => self.revive(module, actions),
+            Building::Faulted(module, _) => self.build(module, actions),
+            Building::None | Building::Running(_) | Building::Finishing(_) => {}
+        }
+    }
+
     /// One that runs, runs on; one that waits, waits; one that stands still gets another chance, unless the building
     /// generation is about to pass it.
     fn resume_live(&mut self, actions: &mut Vec<Action>) {
@@ -304,12 +342,36 @@ impl State {
     }
 
     fn build(&mut self, module: ModuleId, actions: &mut Vec<Action>) {
-        if !matches!(self.building, Building::None) {
-            actions.push(Action::DropBuilding);
-        }
+        self.end_build(actions);
         actions.push(Action::CreateBuilding(module.clone()));
         actions.push(Action::StartBuilding(module.clone()));
         self.building = Building::Running(module);
+    }
+
+    fn revive(&mut self, module: ModuleId, actions: &mut Vec<Action>) {
+        actions.push(Action::Revive);
+        actions.push(Action::StartBuilding(module.clone()));
+        self.building = Building::Running(module);
+        self.back = true;
+    }
+
+    /// There is no building generation any more. A former one is kept: one may still want to go back to it.
+    fn end_build(&mut self, actions: &mut Vec<Action>) {
+        if !matches!(self.building, Building::None) {
+            actions.push(if self.back { Action::Shelve } else { Action::DropBuilding });
+        }
+        self.building = Building::None;
+        if std::mem::take(&mut self.back) && self.held.as_ref() == self.live.module().map(|m| &m.hash) {
+            // Nobody went back in the end.
+            self.hold(None, actions);
+        }
+    }
+
+    fn hold(&mut self, module: Option<String>, actions: &mut Vec<Action>) {
+        if self.held != module {
+            actions.push(Action::Hold(module.clone()));
+            self.held = module;
+        }
     }
 }
 
@@ -323,7 +385,59 @@ mod tests {
     }
 
     fn running(hash: &str, version: u32) -> State {
-        State { live: Live::Running(module(hash, version)), building: Building::None }
+        State { live: Live::Running(module(hash, version)), ..nothing() }
+    }
+
+    fn nothing() -> State {
+        State { live: Live::None, building: Building::None, back: false, held: None }
+    }
+
+    /// Version 2 is live and was made by `b`; version 1 is kept.
+    fn rolling_back() -> State {
+        let mut state = running("b", 2);
+        let actions = state.next(Input::Rollback { to: module("a", 1), folder: "b".into() });
+        let hold = Action::Hold(Some("b".into()));
+        assert_eq!(actions, [hold, Action::Revive, Action::StartBuilding(module("a", 1))]);
+        state
+    }
+
+    #[test]
+    fn a_rollback_catches_up_and_is_promoted_and_the_file_is_not_taken_up_again() {
+        let mut state = rolling_back();
+        assert_eq!(state.next(Input::BuildReady), [Action::StopLive, Action::Finish]);
+        assert_eq!(state.next(Input::BuildPassed), [Action::Promote]);
+        let rolled_back = State { held: Some("b".into()), ..running("a", 1) };
+        assert_eq!(state, rolled_back);
+        assert_eq!(state.next(Input::Wanted(Some(module("b", 2)))), []);
+        state.live = Live::Stopped(module("a", 1));
+        assert_eq!(state.next(Input::Wanted(Some(module("b", 2)))), [Action::StartLive(module("a", 1))]);
+        let c = module("c", 3);
+        let actions = state.next(Input::Wanted(Some(c.clone())));
+        assert_eq!(actions, [Action::Hold(None), Action::CreateBuilding(c.clone()), Action::StartBuilding(c)]);
+    }
+
+    #[test]
+    fn a_rollback_of_a_rollback_is_as_before_both() {
+        let mut state = State { held: Some("b".into()), ..running("a", 1) };
+        state.next(Input::Rollback { to: module("b", 2), folder: "b".into() });
+        state.next(Input::BuildReady);
+        assert_eq!(state.next(Input::BuildPassed), [Action::Promote, Action::Hold(None)]);
+        assert_eq!(state, running("b", 2));
+    }
+
+    #[test]
+    fn a_rollback_that_is_given_up_keeps_the_former_generation() {
+        let c = module("c", 3);
+        let actions = rolling_back().next(Input::Wanted(Some(c.clone())));
+        let build = [Action::CreateBuilding(c.clone()), Action::StartBuilding(c)];
+        assert_eq!(actions[..2], [Action::Hold(None), Action::Shelve]);
+        assert_eq!(actions[2..], build);
+        let mut failed = rolling_back();
+        failed.next(Input::BuildFaulted("why".into()));
+        let mut again = failed.clone();
+        assert_eq!(again.next(Input::Wanted(Some(module("b", 2))))[0], Action::Revive);
+        assert_eq!(failed.next(Input::Rebuild)[..2], [Action::Shelve, Action::Hold(None)]);
+        assert_eq!((failed.building, failed.back), (Building::Running(module("b", 2)), false));
     }
 
     #[test]
@@ -366,34 +480,42 @@ mod tests {
 
     #[test]
     fn after_a_restart_a_build_goes_on_and_the_live_one_with_the_module_it_had() {
-        let mut state = State { live: Live::Stopped(module("a", 1)), building: Building::Stopped(module("b", 2)) };
+        let (live, building) = (Live::Stopped(module("a", 1)), Building::Stopped(module("b", 2)));
+        let mut state = State { live, building, ..nothing() };
         let actions = state.next(Input::Wanted(Some(module("b", 2))));
         assert_eq!(actions, [Action::StartLive(module("a", 1)), Action::StartBuilding(module("b", 2))]);
     }
 
-    /// What the actions have made of the world.
+    /// What the actions have made of the world. Generations are told by the modules that the catalogue has for them.
     #[derive(Default)]
     struct World {
         live: Option<ModuleId>,
         live_runs: bool,
         building: Option<ModuleId>,
         building_runs: bool,
+        back: bool,
+        former: Vec<ModuleId>,
+        held: Option<String>,
     }
 
     impl World {
         /// Does an action, and insists that it can be done.
         fn perform(&mut self, action: Action) {
+            let held = |m: &ModuleId, held: &Option<String>| held.as_ref() == Some(&m.hash);
             match action {
                 Action::CreateLive(m) => assert!(self.live.replace(m).is_none(), "a second live generation"),
                 Action::StartLive(m) => {
                     assert!(!std::mem::replace(&mut self.live_runs, true), "a second writer of the live generation");
-                    let live = self.live.as_mut().expect("nothing to follow for");
+                    let live = self.live.as_ref().expect("nothing to follow for");
                     assert!(m.continues(live), "a module goes on from rows that are not its own");
-                    *live = m;
+                    assert!(m == *live || !held(&m, &self.held), "what was rolled back from is taken up");
                 }
                 Action::StopLive => assert!(std::mem::take(&mut self.live_runs), "stopped what does not run"),
-                Action::KeepModule(m) => assert_eq!(self.live, Some(m)),
-                Action::CreateBuilding(m) => assert!(self.building.replace(m).is_none(), "a second build"),
+                Action::KeepModule(m) => assert!(m.continues(&self.live.replace(m.clone()).expect("it runs"))),
+                Action::CreateBuilding(m) => {
+                    assert!(self.live.as_ref() == Some(&m) || !held(&m, &self.held), "built what was rolled back from");
+                    assert!(self.building.replace(m).is_none(), "a second build");
+                }
                 Action::StartBuilding(m) => {
                     assert!(!std::mem::replace(&mut self.building_runs, true), "a second writer of the build");
                     assert_eq!(self.building, Some(m));
@@ -401,16 +523,41 @@ mod tests {
                 Action::StopBuilding => assert!(std::mem::take(&mut self.building_runs)),
                 Action::DropBuilding => {
                     assert!(self.building.take().is_some(), "dropped what is not there");
+                    assert!(!self.back, "dropped what one may want to go back to");
                     self.building_runs = false;
                 }
+                Action::Revive if self.back => assert!(self.building.is_some()),
+                Action::Revive => {
+                    self.back = true;
+                    assert!(self.building.replace(self.former.pop().expect("one is kept")).is_none(), "a second build");
+                }
+                Action::Shelve => {
+                    assert!(std::mem::take(&mut self.back));
+                    self.former.push(self.building.take().expect("there is nothing to keep"));
+                    self.building_runs = false;
+                }
+                Action::Hold(module) => self.held = module,
                 Action::Finish => assert!(self.building_runs && !self.live_runs, "the target would move"),
                 Action::Promote => {
                     assert!(!self.live_runs, "a zombie would go on writing");
+                    self.former.extend(self.live.take());
                     self.live = self.building.take();
                     self.live_runs = std::mem::take(&mut self.building_runs);
+                    self.back = false;
                     assert!(self.live_runs);
                 }
                 Action::Refuse(..) => {}
+            }
+        }
+
+        /// What is found after a restart.
+        fn state(&mut self) -> State {
+            (self.live_runs, self.building_runs) = (false, false);
+            State {
+                live: self.live.clone().map_or(Live::None, Live::Stopped),
+                building: self.building.clone().map_or(Building::None, Building::Stopped),
+                back: self.back,
+                held: self.held.clone(),
             }
         }
     }
@@ -418,16 +565,22 @@ mod tests {
     proptest! {
         #[test]
         fn whatever_happens_there_is_one_writer_a_generation(
-            inputs in proptest::collection::vec((0..7, 0..3_usize, 1..3_u32), 1..60)
+            inputs in proptest::collection::vec((0..10, 0..3_usize, 1..3_u32), 1..60)
         ) {
-            let mut state = State { live: Live::None, building: Building::None };
+            let mut state = nothing();
             let mut world = World::default();
+            let mut folder = None;
             for (kind, hash, version) in inputs {
                 let why = || "why".to_owned();
                 let input = match kind {
-                    0 | 1 => Input::Wanted(Some(module(["a", "b", "c"][hash], version))),
-                    2 => Input::Wanted(None),
+                    0 | 1 => {
+                        let module = module(&format!("{}{version}", ["a", "b", "c"][hash]), version);
+                        folder = Some(module.clone());
+                        Input::Wanted(Some(module))
+                    }
+                    2 => { folder = None; Input::Wanted(None) }
                     3 if matches!(state.live, Live::None) => continue,
+                    3 if state.back && world.building_runs => continue,
                     3 => Input::Rebuild,
                     // What only a running worker can say.
                     4 if world.live_runs && hash == 0 => Input::LiveProved,
@@ -437,6 +590,16 @@ mod tests {
                         Building::Running(_) => Input::BuildReady,
                         _ => Input::BuildPassed,
                     },
+                    7 | 8 => {
+                        let to = if state.back { world.building.clone() } else { world.former.last().cloned() };
+                        match (&state.building, to, &folder) {
+                            (Building::None | Building::Faulted(..), Some(to), Some(folder)) => {
+                                Input::Rollback { to, folder: folder.hash.clone() }
+                            }
+                            _ => continue,
+                        }
+                    }
+                    9 => { state = world.state(); Input::Wanted(folder.clone()) }
                     _ => continue,
                 };
                 for action in state.next(input) {
@@ -446,8 +609,13 @@ mod tests {
                 prop_assert_eq!(matches!(state.building, Building::Running(_) | Building::Finishing(_)), world.building_runs);
                 prop_assert_eq!(state.live.module().is_some(), world.live.is_some());
                 prop_assert_eq!(state.building.module(), world.building.as_ref());
+                prop_assert_eq!(state.back, world.back);
+                prop_assert_eq!(&state.held, &world.held);
                 let waits = matches!(state.live, Live::Waiting(_));
                 prop_assert!(!waits || matches!(state.building, Building::Finishing(_)), "waits for nobody");
+                // A folder that has something else again ends a rollback.
+                let held = state.held.as_ref();
+                prop_assert!(held.is_none() || folder.as_ref().is_none_or(|f| Some(&f.hash) == held));
             }
         }
     }

@@ -11,7 +11,7 @@ use super::lifecycle::{Action, Building, Input, Live, ModuleId, State};
 use super::worker::{Command, Course, Job, Notice, Progress, Worker};
 use crate::config::Config;
 use crate::log::EventLog;
-use crate::manifest::ViewSchema;
+use crate::manifest::{Manifest, ViewSchema};
 use crate::model::Checkpoint;
 use crate::plugin::{self, Engine, Module};
 use crate::view::{Catalogue, GenerationRecord, Order, ProjectionRecord, Role};
@@ -80,6 +80,7 @@ pub struct SnapshotGeneration {
 enum Message {
     Wanted(Option<(String, Box<Module>)>),
     Rebuild(oneshot::Sender<Result<u64, String>>),
+    Rollback(oneshot::Sender<Result<u64, String>>),
     Settled(oneshot::Sender<()>),
     Stop(oneshot::Sender<()>),
 }
@@ -97,12 +98,8 @@ impl Manager {
         let (notices, from_workers) = mpsc::unbounded_channel();
         let generation = |role| record.as_ref().and_then(|r| r.role(role).cloned()).map(Slot::new);
         let (live, building) = (generation(Role::Live), generation(Role::Building));
-        let state = State {
-            live: live.as_ref().map_or(Live::None, |slot| Live::Stopped(slot.id())),
-            building: building.as_ref().map_or(Building::None, |slot| Building::Stopped(slot.id())),
-        };
-        let former = record.iter().flat_map(|r| &r.generations).filter(|g| g.role == Role::Former);
-        let former = former.map(|g| g.number).collect();
+        let state = at_rest(record.as_ref());
+        let former = record.iter().flat_map(|r| r.former()).cloned().collect();
         let name = name.to_owned();
         let mut running = Running {
             name,
@@ -112,6 +109,7 @@ impl Manager {
             former,
             modules: HashMap::new(),
             file: None,
+            wanted: None,
             refused: None,
             notices,
             workers: 0,
@@ -153,9 +151,18 @@ impl Manager {
 
     /// Begins a rebuild, unless one is running; answers its generation's number, or why there cannot be one.
     pub async fn rebuild(&self) -> Result<u64, String> {
+        self.ask(Message::Rebuild).await
+    }
+
+    /// Begins to go back to the newest former generation; answers its number, or why one cannot.
+    pub async fn rollback(&self) -> Result<u64, String> {
+        self.ask(Message::Rollback).await
+    }
+
+    async fn ask(&self, message: impl FnOnce(oneshot::Sender<Result<u64, String>>) -> Message) -> Result<u64, String> {
         let (reply, answer) = oneshot::channel();
         let stopping = || "the runtime is stopping".to_owned();
-        self.messages.send(Message::Rebuild(reply)).map_err(|_| stopping())?;
+        self.messages.send(message(reply)).map_err(|_| stopping())?;
         answer.await.unwrap_or_else(|_| Err(stopping()))
     }
 
@@ -190,7 +197,7 @@ impl Slot {
     }
 
     fn id(&self) -> ModuleId {
-        id(&self.record.module, &self.record.manifest)
+        module_id(&self.record.module, &self.record.manifest)
     }
 
     async fn stop(&mut self) {
@@ -208,8 +215,22 @@ impl Slot {
     }
 }
 
-fn id(hash: &str, manifest: &crate::manifest::Manifest) -> ModuleId {
+/// A module as the lifecycle sees it.
+pub fn module_id(hash: &str, manifest: &Manifest) -> ModuleId {
     ModuleId { hash: hash.to_owned(), version: manifest.version, schema: manifest.schema_digest() }
+}
+
+/// What the catalogue has of a projection, as a state in which nobody follows for it.
+pub fn at_rest(record: Option<&ProjectionRecord>) -> State {
+    let of = |role| record.and_then(|r| r.role(role));
+    let module = |g: &GenerationRecord| module_id(&g.module, &g.manifest);
+    State {
+        live: of(Role::Live).map_or(Live::None, |g| Live::Stopped(module(g))),
+        building: of(Role::Building).map_or(Building::None, |g| Building::Stopped(module(g))),
+        // Only a generation that was live once has been promoted.
+        back: of(Role::Building).is_some_and(|g| g.promoted.is_some()),
+        held: record.and_then(|r| r.held.clone()),
+    }
 }
 
 struct Running {
@@ -217,10 +238,12 @@ struct Running {
     state: State,
     live: Option<Slot>,
     building: Option<Slot>,
-    /// Numbers of former generations, oldest first.
-    former: Vec<u64>,
+    /// Former generations; the last one was live last.
+    former: Vec<GenerationRecord>,
     modules: HashMap<String, Module>,
     file: Option<String>,
+    /// The hash of the module in that file.
+    wanted: Option<String>,
     refused: Option<String>,
     notices: mpsc::UnboundedSender<(u64, Notice)>,
     workers: u64,
@@ -240,6 +263,10 @@ impl Running {
                     Some(Message::Rebuild(reply)) => {
                         let answer = self.rebuild().await;
                         // Whoever asked may have gone away.
+                        let _ = reply.send(answer);
+                    }
+                    Some(Message::Rollback(reply)) => {
+                        let answer = self.rollback().await;
                         let _ = reply.send(answer);
                     }
                     Some(Message::Settled(reply)) => {
@@ -264,8 +291,9 @@ impl Running {
         self.refused = None;
         let (file, module) = module.unzip();
         self.file = file;
+        self.wanted = module.as_ref().map(|module| module.hash.clone());
         let wanted = module.map(|module| {
-            let id = id(&module.hash, &module.manifest);
+            let id = module_id(&module.hash, &module.manifest);
             self.modules.insert(module.hash.clone(), *module);
             id
         });
@@ -282,11 +310,48 @@ impl Running {
         if self.live.is_none() {
             return Err(format!("projection {:?} has no generation yet; see its error in the status", self.name));
         }
+        if self.state.back && !matches!(self.state.building, Building::Faulted(..)) {
+            return Err(format!("a rollback of projection {:?} is under way; rebuild when it has ended", self.name));
+        }
         self.happened(Input::Rebuild).await;
+        self.begun("rebuild")
+    }
+
+    async fn rollback(&mut self) -> Result<u64, String> {
+        let name = &self.name;
+        let Some(folder) = self.wanted.clone() else {
+            return Err(format!("projection {name:?} has no module in the plugin folder; put it back, then roll back"));
+        };
+        if matches!(self.state.building, Building::Stopped(_) | Building::Running(_) | Building::Finishing(_)) {
+            let what = if self.state.back { "a rollback" } else { "a rebuild" };
+            return Err(format!("{what} of projection {name:?} is under way; see shadowbox status"));
+        }
+        let back = self.building.as_ref().filter(|_| self.state.back).map(|slot| &slot.record);
+        let Some(former) = back.or(self.former.last()).cloned() else {
+            return Err(format!(
+                "projection {name:?} has no former generation to go back to; keep_generations says how many are kept \
+                 after a rebuild or a new version; put the former module into the plugin folder instead"
+            ));
+        };
+        let to = module_id(&former.module, &former.manifest);
+        let cannot = |error: Error| format!("cannot go back to generation {} of {name:?}: {error}", former.number);
+        let (log, file) = (self.shared.log.clone(), former.file.clone());
+        let check = tokio::task::spawn_blocking(move || super::session::check_file(&log, &file)).await;
+        check.map_err(|e| Error::Host(e.to_string())).flatten().map_err(cannot)?;
+        if let Err(error) = self.stored(&to.hash).await {
+            return Err(cannot(error));
+        }
+        tracing::info!(projection = self.name, generation = former.number, "rolling back");
+        self.happened(Input::Rollback { to, folder }).await;
+        self.begun("rollback")
+    }
+
+    /// The number of the generation that is being built now.
+    fn begun(&self, what: &str) -> Result<u64, String> {
         match (&self.building, &self.state.building) {
-            (_, Building::Faulted(_, reason)) => Err(format!("the rebuild cannot begin: {reason}")),
+            (_, Building::Faulted(_, reason)) => Err(format!("the {what} cannot begin: {reason}")),
             (Some(building), _) => Ok(building.record.number),
-            (None, _) => Err(format!("projection {:?} could not begin a rebuild", self.name)),
+            (None, _) => Err(format!("projection {:?} could not begin a {what}", self.name)),
         }
     }
 
@@ -312,7 +377,7 @@ impl Running {
             for action in self.state.next(input) {
                 tracing::debug!(projection = self.name, ?action, "doing");
                 let live = matches!(action, Action::StartLive(_));
-                let build = matches!(action, Action::CreateBuilding(_) | Action::StartBuilding(_));
+                let build = matches!(action, Action::CreateBuilding(_) | Action::Revive | Action::StartBuilding(_));
                 match self.perform(action).await {
                     Ok(()) => {}
                     Err(error) if live => inputs.push_back(Input::LiveFaulted(error.to_string())),
@@ -349,6 +414,7 @@ impl Running {
             Some(building) => Building::Faulted(building.id(), error.to_string()),
             None => Building::None,
         };
+        self.state.back &= self.building.is_some();
     }
 
     async fn perform(&mut self, action: Action) -> Result<(), Error> {
@@ -389,6 +455,24 @@ impl Running {
                 let live = self.live.as_ref().expect("there is a live one before one is built").record.file.clone();
                 self.follow(Role::Building, &id, Course::Generation(live)).await?;
             }
+            Action::Revive => {
+                if self.building.is_none() {
+                    let mut record = self.former.last().expect("asked for only if there is one").clone();
+                    self.shared.catalogue.set_role(&record, Role::Building).await?;
+                    self.former.pop();
+                    record.role = Role::Building;
+                    self.building = Some(Slot::new(record));
+                }
+            }
+            Action::Shelve => {
+                if let Some(building) = &mut self.building {
+                    building.stop().await;
+                    self.shared.catalogue.set_role(&building.record, Role::Former).await?;
+                    building.record.role = Role::Former;
+                    self.former.extend(self.building.take().map(|slot| slot.record));
+                }
+            }
+            Action::Hold(module) => self.shared.catalogue.set_held(&self.name, module.as_deref()).await?,
             Action::StopBuilding => {
                 if let Some(building) = &mut self.building {
                     building.stop().await;
@@ -418,19 +502,19 @@ impl Running {
     /// Readers see the old generation until the catalogue has committed, and the new one from then on.
     async fn promote(&mut self) -> Result<(), Error> {
         let number = self.building.as_ref().expect("it has passed").record.number;
-        self.shared.catalogue.promote(&self.name, number).await?;
+        let now = self.shared.catalogue.promote(&self.name, number).await?;
         let mut promoted = self.building.take().expect("as above");
-        promoted.record.role = Role::Live;
+        (promoted.record.role, promoted.record.promoted) = (Role::Live, Some(now));
         let former = self.live.replace(promoted).expect("there was a live one");
         self.publish();
         let live = self.live.as_ref().expect("just put there");
         live.worker.as_ref().expect("it has passed").tell(Command::Lead);
         tracing::info!(projection = self.name, generation = number, "promoted");
         self.refused = None;
-        self.former.push(former.record.number);
+        self.former.push(GenerationRecord { role: Role::Former, ..former.record });
         while self.former.len() > self.shared.config.keep_generations {
             let oldest = self.former.remove(0);
-            self.remove(oldest).await;
+            self.remove(oldest.number).await;
         }
         Ok(())
     }

@@ -8,9 +8,12 @@ pub mod lifecycle;
 mod manager;
 mod merge;
 mod session;
+mod shadow;
 mod worker;
 
-pub use manager::{LiveView, Manager, Shared, Snapshot, SnapshotGeneration};
+pub use manager::{LiveView, Manager, Shared, Snapshot, SnapshotGeneration, at_rest, module_id};
+pub use session::check_file;
+pub use shadow::{Applied, Fold, Shadow};
 pub use worker::{Activity, Progress};
 
 use std::path::PathBuf;

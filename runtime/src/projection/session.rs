@@ -7,8 +7,10 @@ use std::time::{Duration, Instant};
 
 use super::Error;
 use super::merge::{Merge, Step, checkpoint, done};
+use super::shadow::Selection;
 use super::worker::{Course, Job};
 use crate::config::{BatchLimits, limits};
+use crate::log::EventLog;
 use crate::model::{Checkpoint, Columns, Position, Time};
 use crate::plugin::{Failure, Instance, RowError, Rows};
 use crate::view::{self, Changes, Commit, CommittedRows, Committer, Generation, Mark, Run, Table};
@@ -70,7 +72,7 @@ pub(super) struct Session {
     /// In which order the sources were taken since the last commit began.
     runs: Vec<Run>,
     /// Where each source stands after the last apply: the pending changes are complete to here.
-    applied: Done,
+    pub(super) applied: Done,
     /// To where the commit that began last is complete, and whether events are in it.
     committing: Option<(Done, bool)>,
     pub(super) committed: Done,
@@ -84,6 +86,10 @@ pub(super) struct Session {
     /// How many of the next events were in a batch that failed: the bad one is among them.
     pub(super) suspect: usize,
     pub(super) rate: Rate,
+    /// Events applied since this was opened.
+    pub(super) events: u64,
+    /// Set where not all events are wanted.
+    pub(super) selection: Option<Selection>,
 }
 
 impl Session {
@@ -93,7 +99,7 @@ impl Session {
         let done = done(&job.module.manifest, generation.marks());
         let columns = job.module.manifest.batch;
         let mut merge = Merge::new(&job.log, &job.module.manifest, &done, columns);
-        check_log(job, &job.file, generation.marks())?;
+        check_log(&job.log, &job.file, generation.marks())?;
         let foreign = follow(job, &mut merge)?;
         let committed = generation.rows()?;
         Ok(Session {
@@ -114,7 +120,37 @@ impl Session {
             largest: 0,
             suspect: 0,
             rate: Rate { since: Instant::now(), events: 0, events_a_second: 0.0 },
+            events: 0,
+            selection: None,
         })
+    }
+
+    /// The next batch has at most so many events, unless a bad one is being looked for.
+    pub(super) fn limit(&mut self, events: usize) {
+        if self.suspect == 0 {
+            self.size = events;
+        }
+    }
+
+    /// Drops the instance; the next batch gets a fresh one.
+    pub(super) fn forget(&mut self) {
+        self.instance = None;
+    }
+
+    /// Bytes of linear memory that the instance has.
+    pub(super) fn memory(&self) -> usize {
+        self.instance.as_ref().map_or(0, Instance::memory)
+    }
+
+    /// What has become of a row since the last commit began.
+    pub(super) fn pending(&self, view: u32, key: &[u8]) -> Option<Option<Vec<u8>>> {
+        self.state().pending.get(view, key).map(|row| row.map(<[u8]>::to_vec))
+    }
+
+    /// The event of the last batch, if it was one.
+    pub(super) fn only_event(&self) -> Option<(Arc<str>, Position)> {
+        let source = || self.merge.sources[usize::from(self.batch.source(0))].clone();
+        (self.batch.len() == 1).then(|| (source(), self.batch.position(0)))
     }
 
     fn state(&self) -> std::sync::MutexGuard<'_, State> {
@@ -160,6 +196,9 @@ impl Session {
         let limits = BatchLimits { events: self.size, ..job.limits };
         let mut runs = Vec::new();
         let step = self.merge.next(&limits, &mut self.batch, &mut runs)?;
+        if let Some(selection) = &self.selection {
+            self.batch = self.batch.select(|source, position| selection.takes(source, position));
+        }
         if !self.batch.is_empty() {
             if let Err(failure) = self.apply(job) {
                 self.isolate(job, failure)?;
@@ -191,6 +230,7 @@ impl Session {
         let events = self.batch.len();
         self.largest = self.largest.max(events);
         self.has_applied = true;
+        self.events += events as u64;
         self.rate.count(events);
         self.suspect = self.suspect.saturating_sub(events);
         self.size = if self.suspect > 0 { (self.suspect / 2).max(1) } else { (self.size * 2).min(most) };
@@ -243,9 +283,21 @@ impl Session {
         Ok(Error::Event { source_name, position, event_type, id, reason: failure.to_string() })
     }
 
+    /// Begins a commit if `due`; if `wait`, all have ended. Answers, of those that have, whether events were in one.
+    pub(super) fn commit(&mut self, job: &Job, due: bool, wait: bool) -> Result<Option<bool>, Error> {
+        let mut ended = self.end_commit(due || wait)?;
+        if due {
+            self.begin_commit(job, wait)?;
+            if let Some(had_applied) = self.end_commit(wait)? {
+                ended = Some(had_applied || ended == Some(true));
+            }
+        }
+        Ok(ended)
+    }
+
     /// Begins to commit what was applied. The commit before must have ended. `rests`: nothing follows for now. An error
     /// makes the session void.
-    pub(super) fn begin_commit(&mut self, job: &Job, rests: bool) -> Result<(), Error> {
+    fn begin_commit(&mut self, job: &Job, rests: bool) -> Result<(), Error> {
         let mut marks = Vec::new();
         for (i, applied) in self.applied.iter().enumerate() {
             let Some((position, time)) = applied.filter(|_| *applied != self.committed[i]) else { continue };
@@ -270,7 +322,7 @@ impl Session {
 
     /// Hears of a commit that has ended, or waits for its end; answers whether there were events in it. An error makes
     /// the session void.
-    pub(super) fn end_commit(&mut self, wait: bool) -> Result<Option<bool>, Error> {
+    fn end_commit(&mut self, wait: bool) -> Result<Option<bool>, Error> {
         if !self.committer.ended(wait)? {
             return Ok(None);
         }
@@ -286,7 +338,7 @@ impl Session {
 fn follow(job: &Job, merge: &mut Merge) -> Result<bool, Error> {
     let Course::Generation(live) = &job.course else { return Ok(false) };
     let marks = view::Order::open(live).and_then(|order| order.marks());
-    match marks.map_err(Error::from).and_then(|marks| check_log(job, live, &marks)) {
+    match marks.map_err(Error::from).and_then(|marks| check_log(&job.log, live, &marks)) {
         Ok(()) => merge.follow(live).map(|()| false),
         Err(error @ (Error::LogReplaced { .. } | Error::View(_))) => {
             tracing::warn!(%error, "rebuilding without regard to the live generation");
@@ -296,11 +348,20 @@ fn follow(job: &Job, merge: &mut Merge) -> Result<bool, Error> {
     }
 }
 
+/// Refuses a generation that was built from another log than this one.
+///
+/// # Errors
+///
+/// [`Error::LogReplaced`] with both facts, or what cannot be read.
+pub fn check_file(log: &EventLog, file: &Path) -> Result<(), Error> {
+    check_log(log, file, &view::Order::open(file)?.marks()?)
+}
+
 /// A log that was replaced or rolled back is refused with both facts, never followed.
-fn check_log(job: &Job, file: &Path, marks: &[(Arc<str>, Mark)]) -> Result<(), Error> {
-    let identity = job.log.identity();
+fn check_log(log: &EventLog, file: &Path, marks: &[(Arc<str>, Mark)]) -> Result<(), Error> {
+    let identity = log.identity();
     for (source, mark) in marks {
-        let here = job.log.fingerprint(source, mark.position)?;
+        let here = log.fingerprint(source, mark.position)?;
         if mark.log == identity && here.is_some_and(|(fingerprint, _)| fingerprint == mark.fingerprint) {
             continue;
         }

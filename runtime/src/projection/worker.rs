@@ -297,14 +297,7 @@ impl Work {
 
     /// Begins a commit if `due`, and tells everybody of those that have ended; if `wait`, all have.
     fn commit(&mut self, session: &mut Session, due: bool, wait: bool) -> Result<(), Leave> {
-        let mut ended = session.end_commit(due || wait)?;
-        if due {
-            session.begin_commit(&self.job, wait)?;
-            if let Some(had_applied) = session.end_commit(wait)? {
-                ended = Some(had_applied || ended == Some(true));
-            }
-        }
-        let Some(had_applied) = ended else { return Ok(()) };
+        let Some(had_applied) = session.commit(&self.job, due, wait)? else { return Ok(()) };
         self.report(session, wait);
         if had_applied && !self.proved {
             self.proved = true;

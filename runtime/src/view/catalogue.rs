@@ -3,6 +3,7 @@
 //! It is a small database of its own. Which rows are complete to where is not in it: that stands with the rows. So a
 //! crash between a generation's last commit and its promotion loses nothing; the promotion is done after the restart.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteRow};
@@ -49,6 +50,8 @@ pub struct GenerationRecord {
     pub manifest: Manifest,
     /// Its file.
     pub file: PathBuf,
+    /// When it became live; None if it never was. Later than that of every generation that was live before it.
+    pub promoted: Option<Time>,
 }
 
 /// All generations of one projection.
@@ -58,12 +61,21 @@ pub struct ProjectionRecord {
     pub name: String,
     /// By number.
     pub generations: Vec<GenerationRecord>,
+    /// The hash of the module that was rolled back from and is not to be taken up again.
+    pub held: Option<String>,
 }
 
 impl ProjectionRecord {
     /// The generation in a role of which there is at most one.
     pub fn role(&self, role: Role) -> Option<&GenerationRecord> {
         self.generations.iter().find(|g| g.role == role)
+    }
+
+    /// The former generations, in the order in which they were live.
+    pub fn former(&self) -> Vec<&GenerationRecord> {
+        let mut former: Vec<_> = self.generations.iter().filter(|g| g.role == Role::Former).collect();
+        former.sort_by_key(|g| g.promoted);
+        former
     }
 }
 
@@ -76,7 +88,8 @@ const SCHEMA: &str = "
     CREATE UNIQUE INDEX IF NOT EXISTS one_live ON generations (projection) WHERE role = 'live';
     CREATE UNIQUE INDEX IF NOT EXISTS one_building ON generations (projection) WHERE role = 'building';
     -- A number is never given out twice, not even after its generation is gone: readers tell generations by it.
-    CREATE TABLE IF NOT EXISTS numbers (projection TEXT PRIMARY KEY, last INTEGER NOT NULL) STRICT;";
+    CREATE TABLE IF NOT EXISTS numbers (projection TEXT PRIMARY KEY, last INTEGER NOT NULL) STRICT;
+    CREATE TABLE IF NOT EXISTS held (projection TEXT PRIMARY KEY, module TEXT NOT NULL) STRICT;";
 
 /// The catalogue of a data directory. Cheap to clone.
 #[derive(Clone)]
@@ -125,19 +138,32 @@ impl Catalogue {
 
     /// All projections with their generations, by name and number.
     pub async fn projections(&self) -> Result<Vec<ProjectionRecord>, Error> {
-        let sql = "SELECT projection, number, role, module, manifest FROM generations ORDER BY projection, number";
+        let sql = "SELECT projection, number, role, module, manifest, promoted_at FROM generations
+                   ORDER BY projection, number";
         let rows = sqlx::query(sql).fetch_all(&self.pool).await.map_err(|e| self.failed(e))?;
+        let mut held = self.held().await?;
         let mut projections: Vec<ProjectionRecord> = Vec::new();
         for row in rows {
             let record = self.record(&row)?;
             match projections.last_mut().filter(|p| p.name == record.projection) {
                 Some(projection) => projection.generations.push(record),
                 None => {
-                    projections.push(ProjectionRecord { name: record.projection.clone(), generations: vec![record] })
+                    let (name, held) = (record.projection.clone(), held.remove(&record.projection));
+                    projections.push(ProjectionRecord { name, generations: vec![record], held });
                 }
             }
         }
         Ok(projections)
+    }
+
+    /// By projection. A catalogue that nobody has rolled back in may be of a version that could not.
+    async fn held(&self) -> Result<HashMap<String, String>, Error> {
+        let sql = "SELECT count(*) > 0 FROM sqlite_schema WHERE name = 'held'";
+        if !sqlx::query_scalar(sql).fetch_one(&self.pool).await.map_err(|e| self.failed(e))? {
+            return Ok(HashMap::new());
+        }
+        let rows = sqlx::query_as("SELECT projection, module FROM held").fetch_all(&self.pool).await;
+        Ok(rows.map_err(|e| self.failed(e))?.into_iter().collect())
     }
 
     fn record(&self, row: &SqliteRow) -> Result<GenerationRecord, Error> {
@@ -150,7 +176,10 @@ impl Catalogue {
             };
             let manifest = Manifest::parse(row.try_get(4)?).map_err(|e| sqlx::Error::Decode(e.into()))?;
             let file = self.file(&projection, number as u64);
-            Ok(GenerationRecord { projection, number: number as u64, role, module: row.try_get(3)?, manifest, file })
+            let module = row.try_get(3)?;
+            let promoted = row.try_get::<Option<&str>, _>(5)?.map(str::parse).transpose();
+            let promoted = promoted.map_err(|e: String| sqlx::Error::Decode(e.into()))?;
+            Ok(GenerationRecord { projection, number: number as u64, role, module, manifest, file, promoted })
         };
         read().map_err(|e| self.failed(e))
     }
@@ -169,11 +198,9 @@ impl Catalogue {
         let file = self.file(&manifest.projection, number as u64);
         Generation::create(&file, manifest)?;
         if role == Role::Building {
-            // One that could not be removed when it was given up would be in the way; its file is a stray from now on.
-            let sql = "DELETE FROM generations WHERE projection = ? AND role = 'building'";
-            let deleted = sqlx::query(sql).bind(&manifest.projection).execute(&self.pool).await;
-            deleted.map_err(|e| self.failed(e))?;
+            self.clear_building(&manifest.projection).await?;
         }
+        let promoted = (role == Role::Live).then(Time::now);
         sqlx::query("INSERT INTO generations VALUES (?, ?, ?, ?, ?, ?, ?)")
             .bind(&manifest.projection)
             .bind(number)
@@ -181,7 +208,7 @@ impl Catalogue {
             .bind(module)
             .bind(&manifest.json)
             .bind(Time::now().to_string())
-            .bind((role == Role::Live).then(|| Time::now().to_string()))
+            .bind(promoted.map(|time| time.to_string()))
             .execute(&self.pool)
             .await
             .map_err(|e| self.failed(e))?;
@@ -192,21 +219,28 @@ impl Catalogue {
             module: module.to_owned(),
             manifest: manifest.clone(),
             file,
+            promoted,
         })
     }
 
     /// Makes the building generation live in one step, and the live one a former one.
-    pub async fn promote(&self, projection: &str, number: u64) -> Result<(), Error> {
+    pub async fn promote(&self, projection: &str, number: u64) -> Result<Time, Error> {
         let promote = async {
             let mut tx = self.pool.begin().await?;
             let connection: &mut SqliteConnection = &mut tx;
+            let sql = "SELECT promoted_at FROM generations WHERE projection = ? AND promoted_at IS NOT NULL";
+            let before: Vec<String> = sqlx::query_scalar(sql).bind(projection).fetch_all(&mut *connection).await?;
+            // A clock that was set back must not change which generation was live last.
+            let last = before.iter().filter_map(|time| time.parse::<Time>().ok()).max();
+            let next = last.and_then(|last| Time::from_microseconds(last.microseconds() + 1));
+            let now = next.map_or_else(Time::now, |next| next.max(Time::now()));
             sqlx::query("UPDATE generations SET role = 'former' WHERE projection = ? AND role = 'live'")
                 .bind(projection)
                 .execute(&mut *connection)
                 .await?;
             let sql = "UPDATE generations SET role = 'live', promoted_at = ? WHERE projection = ? AND number = ?";
             let done = sqlx::query(sql)
-                .bind(Time::now().to_string())
+                .bind(now.to_string())
                 .bind(projection)
                 .bind(number as i64)
                 .execute(&mut *connection)
@@ -214,9 +248,40 @@ impl Catalogue {
             if done.rows_affected() != 1 {
                 return Err(sqlx::Error::RowNotFound);
             }
-            tx.commit().await
+            tx.commit().await.map(|()| now)
         };
         promote.await.map_err(|e| self.failed(e))
+    }
+
+    /// A build that could not be removed when it was given up would be in the way of the next one; its file is a stray
+    /// from now on. A former generation on its way back is never given up so.
+    async fn clear_building(&self, projection: &str) -> Result<(), Error> {
+        let sql = "DELETE FROM generations WHERE projection = ? AND role = 'building'";
+        sqlx::query(sql).bind(projection).execute(&self.pool).await.map(drop).map_err(|e| self.failed(e))
+    }
+
+    /// Makes a former generation the building one, or that a former one again.
+    pub async fn set_role(&self, record: &GenerationRecord, role: Role) -> Result<(), Error> {
+        if role == Role::Building {
+            self.clear_building(&record.projection).await?;
+        }
+        sqlx::query("UPDATE generations SET role = ? WHERE projection = ? AND number = ?")
+            .bind(role.name())
+            .bind(&record.projection)
+            .bind(record.number as i64)
+            .execute(&self.pool)
+            .await
+            .map(drop)
+            .map_err(|e| self.failed(e))
+    }
+
+    /// Notes which module is not to be taken up again, until another one is in its place.
+    pub async fn set_held(&self, projection: &str, module: Option<&str>) -> Result<(), Error> {
+        let query = match module {
+            Some(module) => sqlx::query("INSERT OR REPLACE INTO held VALUES (?, ?)").bind(projection).bind(module),
+            None => sqlx::query("DELETE FROM held WHERE projection = ?").bind(projection),
+        };
+        query.execute(&self.pool).await.map(drop).map_err(|e| self.failed(e))
     }
 
     /// Notes that another module builds this generation from now on.

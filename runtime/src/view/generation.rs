@@ -351,7 +351,7 @@ fn connect(path: &Path, create: OpenFlags) -> rusqlite::Result<Connection> {
     Ok(connection)
 }
 
-fn read_only(path: &Path) -> Result<Connection, Error> {
+pub(super) fn read_only(path: &Path) -> Result<Connection, Error> {
     let open = || {
         let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let connection = Connection::open_with_flags(path, flags)?;
@@ -362,11 +362,11 @@ fn read_only(path: &Path) -> Result<Connection, Error> {
     open().map_err(|error| Error::Sqlite { path: path.to_owned(), error })
 }
 
-fn checkpoint(marks: &[(Arc<str>, Mark)]) -> Checkpoint {
+pub(super) fn checkpoint(marks: &[(Arc<str>, Mark)]) -> Checkpoint {
     marks.iter().map(|(source, mark)| (&**source, mark.position)).collect()
 }
 
-fn read_marks(connection: &Connection) -> rusqlite::Result<Vec<(Arc<str>, Mark)>> {
+pub(super) fn read_marks(connection: &Connection) -> rusqlite::Result<Vec<(Arc<str>, Mark)>> {
     let sql = "SELECT source, position, time, fingerprint, log FROM _shadowbox_checkpoint";
     let mut statement = connection.prepare_cached(sql)?;
     let marks = statement.query_map([], |row| {

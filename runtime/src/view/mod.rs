@@ -2,15 +2,18 @@
 //!
 //! Each generation of a projection is one SQLite file with its views, its checkpoint and its merge record
 //! ([`Generation`]). The [`Catalogue`] says which generation is live. Reading is apart: [`query`] is a typed query of one
-//! view, [`readers`] runs it, [`sql`] runs SQL over all of them, [`render`] shows rows.
+//! view, [`readers`] runs it, [`sql`] runs SQL over all of them, [`render`] shows rows, [`compare`] tells generations
+//! apart.
 
 mod catalogue;
 mod changes;
+pub mod compare;
 mod generation;
 pub mod query;
 pub mod readers;
 pub mod render;
 mod row;
+mod scratch;
 pub mod sql;
 
 use std::path::PathBuf;
@@ -21,6 +24,7 @@ pub use catalogue::{Catalogue, GenerationRecord, ProjectionRecord, Role};
 pub use changes::Changes;
 pub use generation::{Commit, CommittedRows, Committer, Generation, Mark, Order, Run};
 pub use row::Table;
+pub use scratch::Scratch;
 
 /// What can go wrong with stored views.
 #[derive(Debug, thiserror::Error)]

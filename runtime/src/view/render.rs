@@ -68,6 +68,14 @@ impl JsonRows {
     }
 }
 
+/// A value of a view's column as JSON.
+pub(super) fn json(kind: ColumnType, value: Value<'_>) -> Box<RawValue> {
+    let mut out = Vec::new();
+    write_json(Some(kind), value, &mut out);
+    let text = String::from_utf8(out).expect("JSON is UTF-8");
+    RawValue::from_string(text).expect("it was written as JSON")
+}
+
 fn write_json(kind: Option<ColumnType>, value: Value<'_>, out: &mut Vec<u8>) {
     match (kind, value) {
         (_, Value::Null) => out.extend_from_slice(b"null"),

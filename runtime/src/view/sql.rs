@@ -176,6 +176,7 @@ mod tests {
             module: String::new(),
             manifest,
             file,
+            promoted: None,
         }
     }
 

@@ -1,6 +1,8 @@
 //! Accounts that are moved by two services. Each row has a digest of the events in the order in which they came, so two
 //! rows are equal only if they were made by the same events in the same order. Other events misbehave on purpose.
 
+use std::sync::atomic::{AtomicI64, Ordering};
+
 use serde::Deserialize;
 use shadowbox_plugin::prelude::*;
 
@@ -23,6 +25,8 @@ enum Fact<'a> {
     Exits,
     #[event("Sleeps", source = "left")]
     Sleeps,
+    #[event("OnlyVersion2Panics", source = "left")]
+    OnlyVersion2Panics,
     #[event("Prints", source = "left")]
     Prints,
     #[event("Looks", source = "left")]
@@ -66,6 +70,9 @@ struct Sight {
     seen: String,
 }
 
+/// What no plugin may have: it begins again with each instance.
+static SEEN: AtomicI64 = AtomicI64::new(0);
+
 const CODE: i64 = if cfg!(feature = "v2") {
     3
 } else if cfg!(feature = "tweaked") {
@@ -103,7 +110,7 @@ fn apply(event: Event<Fact>, views: &mut Views) -> Result<()> {
             row.events += 1;
             let from = if event.source == "left" { 1 } else { 2 };
             row.digest = row.digest.wrapping_mul(31).wrapping_add(event.position as i64 * 2 + from);
-            row.code = CODE;
+            row.code = if cfg!(feature = "stateful") { SEEN.fetch_add(1, Ordering::Relaxed) } else { CODE };
             row.updated = Some(event.time);
             #[cfg(feature = "v2")]
             {
@@ -113,6 +120,8 @@ fn apply(event: Event<Fact>, views: &mut Views) -> Result<()> {
         Fact::Closed(closed) => views.delete::<Account>(closed.account),
         Fact::Refused => bail!("the event says so"),
         Fact::Panics => panic!("the event says so"),
+        Fact::OnlyVersion2Panics if cfg!(feature = "v2") => panic!("the event says so"),
+        Fact::OnlyVersion2Panics => Ok(()),
         Fact::Loops => loop {
             std::hint::spin_loop();
         },

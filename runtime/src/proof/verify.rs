@@ -1,0 +1,327 @@
+//! `verify`: is the live generation the fold of the log?
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use super::{Cost, Error, Progress, Tell, blocking, engine, live, module_of, process_memory, rows, snapshot};
+use crate::config::{BatchLimits, Config, limits};
+use crate::log::EventLog;
+use crate::model::{Checkpoint, Event, Position, Time};
+use crate::projection::{self, Applied, Fold, Shadow, check_file};
+use crate::supervisor;
+use crate::view::compare::{Comparison, Difference, Side, Snapshot, compare};
+use crate::view::readers::read_marks;
+use crate::view::{GenerationRecord, Scratch};
+
+/// What is to be proved.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// The projection.
+    pub projection: String,
+    /// Wait until the live generation has come so far.
+    pub at: Option<Checkpoint>,
+    /// Where batches end and instances are dropped follows from it.
+    pub seed: u64,
+}
+
+/// What came of it.
+#[derive(Debug, Serialize)]
+pub struct Verified {
+    /// The projection.
+    pub projection: String,
+    /// Its live generation.
+    pub generation: u64,
+    /// The hash of the module that made its last commit.
+    pub module: String,
+    /// Where it stood: the replay ended exactly there.
+    pub position: Checkpoint,
+    /// The same seed gives the same batches.
+    pub seed: u64,
+    /// In how many batches the events were replayed.
+    pub batches: u64,
+    /// How many instances were dropped on the way.
+    pub dropped: u64,
+    /// Events that were left out, as they are dead letters.
+    pub dead_letters: usize,
+    /// What the replay took.
+    #[serde(flatten)]
+    pub cost: Cost,
+    /// True if all rows are the same.
+    pub equal: bool,
+    /// Why the replay could not apply an event that the live generation has passed.
+    pub failed: Option<String>,
+    /// View by view; empty if the replay failed.
+    pub views: Vec<View>,
+}
+
+/// What was compared of one view.
+#[derive(Debug, Serialize)]
+pub struct View {
+    /// Its name.
+    pub view: String,
+    /// Counts and digests; the shadow's rows are the replayed ones.
+    #[serde(flatten)]
+    pub found: Comparison,
+    /// The first rows that differ.
+    pub rows: Vec<Differing>,
+}
+
+/// A row that differs, and which events changed it.
+#[derive(Debug, Serialize)]
+pub struct Differing {
+    /// In what.
+    #[serde(flatten)]
+    pub difference: Difference,
+    /// How many events changed it when they were replayed one by one.
+    pub changes: u64,
+    /// The last of them, in their order.
+    pub events: Vec<EventName>,
+}
+
+/// What tells an event from every other, and a little of what it is.
+#[derive(Clone, Debug, Serialize)]
+#[expect(missing_docs, reason = "the names say it")]
+pub struct EventName {
+    pub source: String,
+    pub position: Position,
+    pub event_type: String,
+    pub id: String,
+    pub time: Time,
+}
+
+/// How often a live generation that is waited for is looked at.
+const POLL: Duration = Duration::from_millis(50);
+
+/// Proves, or disproves, that the rows of a projection's live generation are the fold of the log by its module, in
+/// whatever batches and instances. The live generation goes on meanwhile.
+///
+/// # Errors
+///
+/// If it cannot be told. That it is not so is no error.
+pub async fn verify(config: &Config, request: Request, mut tell: Tell) -> Result<Verified, Error> {
+    if let Some(at) = &request.at {
+        wait(config, &request.projection, at, &mut tell).await?;
+    }
+    let scratch = {
+        let data = config.data.clone();
+        blocking(move || Ok(Scratch::new(&data)?)).await?
+    };
+    let (record, live) = snapshot(config, &request.projection, &scratch).await?;
+    let config = config.clone();
+    blocking(move || Replay { config: &config, record, live, scratch, seed: request.seed }.run(&mut tell)).await
+}
+
+/// Returns when the live generation has come so far; without a runtime it never will.
+async fn wait(config: &Config, name: &str, at: &Checkpoint, tell: &mut Tell) -> Result<(), Error> {
+    let begin = Instant::now();
+    loop {
+        let record = live(config, name).await?;
+        let sources = &record.manifest.sources;
+        if let Some((source, _)) = at.iter().find(|(source, _)| record.manifest.subscription(source).is_none()) {
+            let sources = sources.iter().map(|s| s.source.as_str()).collect::<Vec<_>>().join(", ");
+            return Err(Error::UnknownSource { name: name.to_owned(), source_name: source.to_owned(), sources });
+        }
+        // One that cannot be read is told by whoever copies it.
+        let Ok(marks) = read_marks(&record.file) else { return Ok(()) };
+        let here: Checkpoint = marks.into_iter().map(|(source, position, _)| (source, position)).collect();
+        if here.covers(at, |_| true) {
+            return Ok(());
+        }
+        let waited = match supervisor::running(&config.data) {
+            None => "; no runtime is running, start one with shadowbox run".to_owned(),
+            Some(_) if begin.elapsed() < config.http.max_wait => {
+                if !tell(Progress { doing: "waiting for the position", done: 0, of: 0 }) {
+                    return Err(Error::Interrupted);
+                }
+                tokio::time::sleep(POLL).await;
+                continue;
+            }
+            Some(_) => {
+                format!(", after {} s (http.max_wait_ms); see shadowbox status", config.http.max_wait.as_secs())
+            }
+        };
+        let here = if here.is_empty() { "the beginning".to_owned() } else { here.to_string() };
+        return Err(Error::NotYet { name: name.to_owned(), generation: record.number, here, at: at.clone(), waited });
+    }
+}
+
+struct Replay<'a> {
+    config: &'a Config,
+    record: GenerationRecord,
+    live: Snapshot,
+    scratch: Scratch,
+    seed: u64,
+}
+
+impl Replay<'_> {
+    fn run(self, tell: &mut Tell) -> Result<Verified, Error> {
+        let log = EventLog::open(&self.config.data)?;
+        check_file(&log, &self.live.file)?;
+        let module = module_of(self.config, &engine(self.config)?, &self.record, &self.live)?;
+        let until = self.live.checkpoint();
+        let fold = Fold {
+            module: &module,
+            log: &log,
+            limits: self.config.batch,
+            order: Some(&self.live.file),
+            after: &Checkpoint::default(),
+            until: &until,
+            without: &self.live.dead_letters,
+        };
+        let mut verified = Verified {
+            projection: self.record.projection.clone(),
+            generation: self.record.number,
+            module: module.hash.clone(),
+            position: until.clone(),
+            seed: self.seed,
+            batches: 0,
+            dropped: 0,
+            dead_letters: self.live.dead_letters.len(),
+            cost: Cost { events: 0, seconds: 0.0, sandbox_memory: 0, process_memory: None },
+            equal: false,
+            failed: None,
+            views: Vec::new(),
+        };
+        match self.shake(&fold, &mut verified, tell) {
+            // What was passed once must pass always.
+            Err(Error::Projection(error @ projection::Error::Event { .. })) => {
+                verified.failed = Some(error.to_string());
+                return Ok(verified);
+            }
+            done => done?,
+        }
+        for schema in &self.record.manifest.views {
+            let shadow = self.scratch.file("replay.sqlite");
+            let (live, shadow) = (Side { file: &self.live.file, schema }, Side { file: &shadow, schema });
+            let mut go_on = rows(tell, "comparing");
+            let found = compare(Some(live), Some(shadow), limits::PROOF_SAMPLES, &mut go_on)?;
+            drop(go_on);
+            let mut found = found.ok_or(Error::Interrupted)?;
+            let rows = std::mem::take(&mut found.samples).into_iter();
+            let rows = rows.map(|difference| Differing { difference, changes: 0, events: Vec::new() });
+            verified.views.push(View { view: schema.name.clone(), rows: rows.collect(), found });
+        }
+        verified.equal = verified.views.iter().all(|view| view.found.is_equal());
+        if !verified.equal {
+            self.trace(&fold, &mut verified.views, tell)?;
+        }
+        Ok(verified)
+    }
+
+    /// Replays in batches of random size, with instances dropped at random.
+    fn shake(&self, fold: &Fold<'_>, verified: &mut Verified, tell: &mut Tell) -> Result<(), Error> {
+        let begin = Instant::now();
+        let mut dice = Dice(self.seed);
+        let usual = fold.limits;
+        let limits = BatchLimits { commit_rows: dice.up_to(usual.commit_rows as u64) as usize, ..usual };
+        let fold = Fold { limits, ..fold.clone() };
+        let mut shadow = Shadow::begin(&fold, self.scratch.file("replay.sqlite"))?;
+        // Also a short log is to have some batches.
+        let largest = (shadow.progress().1 / 16).clamp(1, usual.events as u64);
+        let result = loop {
+            // As many batches of one event as of a thousand.
+            let magnitude = dice.up_to(u64::from(largest.ilog2()) + 1);
+            match shadow.step(dice.up_to(largest.min(1 << magnitude)) as usize, |_| {}) {
+                Ok(true) => {}
+                Ok(false) => break Ok(()),
+                Err(error) => break Err(error.into()),
+            }
+            verified.batches += 1;
+            // The first one always: there may not be many.
+            if verified.batches == 1 || dice.up_to(4) == 1 {
+                shadow.forget();
+                verified.dropped += 1;
+            }
+            let (done, of) = shadow.progress();
+            if !tell(Progress { doing: "replaying", done, of }) {
+                break Err(Error::Interrupted);
+            }
+        };
+        verified.batches += u64::from(result.is_ok());
+        verified.cost = Cost {
+            events: shadow.events(),
+            seconds: begin.elapsed().as_secs_f64(),
+            sandbox_memory: shadow.memory(),
+            process_memory: process_memory(),
+        };
+        result?;
+        let reached = shadow.checkpoint();
+        match reached == *fold.until {
+            true => Ok(()),
+            false => Err(Error::Record { reached, until: fold.until.clone() }),
+        }
+    }
+
+    /// Replays once more, event by event, and notes which of them change the rows in question.
+    fn trace(&self, fold: &Fold<'_>, views: &mut [View], tell: &mut Tell) -> Result<(), Error> {
+        let mut shadow = Shadow::begin(fold, self.scratch.file("trace.sqlite"))?;
+        let mut traced: Vec<Traced<'_>> = Vec::new();
+        for (view, found) in views.iter_mut().enumerate() {
+            let rows = found.rows.iter_mut().filter(|row| row.difference.encoded.is_some());
+            traced.extend(rows.map(|row| Traced { view: view as u32, row, last: None, events: VecDeque::new() }));
+        }
+        loop {
+            let more = match shadow.step(1, |applied| traced.iter_mut().for_each(|row| row.look(applied))) {
+                Ok(more) => more,
+                // It was passed before. The rows differ all the same; this was only to say more of them.
+                Err(projection::Error::Event { .. }) => false,
+                Err(error) => return Err(error.into()),
+            };
+            let (done, of) = shadow.progress();
+            if !tell(Progress { doing: "looking for the events", done, of }) {
+                return Err(Error::Interrupted);
+            }
+            if !more {
+                break;
+            }
+        }
+        for Traced { row, events, .. } in traced {
+            for (source, position) in events {
+                let before = position.0.checked_sub(1).map(Position);
+                fold.log.events(&source, before, 1, |Event { position, event: e }| {
+                    let (source, event_type, id, time) = (e.source, e.event_type, e.id, e.time);
+                    row.events.push(EventName { source, position, event_type, id, time });
+                })?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A row whose changes are noted.
+struct Traced<'a> {
+    view: u32,
+    row: &'a mut Differing,
+    last: Option<Vec<u8>>,
+    events: VecDeque<(Arc<str>, Position)>,
+}
+
+impl Traced<'_> {
+    fn look(&mut self, applied: &Applied<'_>) {
+        let key = self.row.difference.encoded.as_deref().expect("only such are traced");
+        let Some(now) = applied.row(self.view, key).filter(|now| *now != self.last) else { return };
+        self.last = now;
+        self.row.changes += 1;
+        if self.events.len() == limits::PROOF_EVENTS {
+            self.events.pop_front();
+        }
+        self.events.extend(applied.event());
+    }
+}
+
+/// Numbers that look random and follow from a seed: splitmix64.
+struct Dice(u64);
+
+impl Dice {
+    /// From 1 to `n`.
+    fn up_to(&mut self, n: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        1 + (z ^ (z >> 31)) % n.max(1)
+    }
+}
