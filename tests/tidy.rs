@@ -89,6 +89,14 @@ fn the_lifecycle_has_no_clock_no_input_and_no_async() {
 }
 
 #[test]
+fn the_system_clock_only_stamps() {
+    // What is waited for is measured by a clock that does not jump; a new log, a new generation and an event whose
+    // producer gave no time get a time, which nothing depends on.
+    let stamps = ["model.rs", "log/sqlite.rs", "log/cloudevents.rs", "view/catalogue.rs"];
+    only_in(&["Time::now", "SystemTime", "Timestamp::now"], &stamps);
+}
+
+#[test]
 fn rows_and_checkpoint_are_written_by_one_function() {
     let writers: Vec<_> = sources("runtime/src")
         .into_iter()

@@ -19,12 +19,27 @@ pub mod limits {
     pub const COLUMNS: usize = 256;
     /// Sources of one projection; merging looks at each for every event.
     pub const SOURCES: usize = 64;
+    /// Event types that a projection names for one source. Each may be a glob, which is compiled.
+    pub const TYPES: usize = 1_024;
+    /// Secondary indexes of one view. Each is written with every row.
+    pub const INDEXES: usize = 32;
     /// An encoded key, bytes. SQLite stores keys beyond a quarter of a page in overflow pages, which is slow.
     pub const KEY_BYTES: usize = 1 << 10;
     /// An encoded row without its key, bytes.
     pub const ROW_BYTES: usize = 1 << 20;
     /// What one `apply` may return, bytes. Must be well below the guest's memory.
     pub const CHANGES_BYTES: usize = 64 << 20;
+    /// Changes that one `apply` may return. Small rows cost the host many times their bytes; seven rows an event of the
+    /// largest batch are below this, and a batch that has more is halved.
+    pub const CHANGES: usize = 500_000;
+    /// Keys in one `get-many`. The SDK's cache holds half as many rows.
+    pub const ASKED_KEYS: u32 = 65_536;
+    /// The rows that one `get-many` may answer, bytes. Must be well below the guest's memory.
+    pub const ASKED_BYTES: usize = 64 << 20;
+    /// Random bytes in one answer to a plugin, which are constant anyway; std asks for 16.
+    pub const RANDOM_BYTES: u64 = 4 << 10;
+    /// A message of a plugin's, or about what is in one, bytes: it goes into logs, answers and the status.
+    pub const MESSAGE_BYTES: usize = 4 << 10;
     /// A module file, bytes. The examples have less than half a megabyte.
     pub const MODULE_BYTES: u64 = 64 << 20;
     /// An event's payload and metadata together, bytes; NATS and Kafka have 1 MiB by default.
@@ -90,6 +105,8 @@ pub mod limits {
     pub const PROOF_SAMPLES: u64 = 10;
     /// Events that a proof names for a row that differs: the last ones that changed it.
     pub const PROOF_EVENTS: usize = 5;
+    /// How often is looked for projections that do not move, at the longest; a look compares a few numbers.
+    pub const STALL_LOOK: Duration = Duration::from_secs(1);
     /// How long a clean stop may take before the process leaves anyway. Every commit is atomic, so nothing is lost.
     pub const SHUTDOWN: Duration = Duration::from_secs(10);
 }
@@ -105,6 +122,8 @@ pub struct Config {
     pub listen: SocketAddr,
     /// Former generations that are kept for a rollback, each with its own file.
     pub keep_generations: usize,
+    /// How long a projection may have lag and make no progress before it is called stalled.
+    pub stall_after: Duration,
     /// How events are batched and committed.
     pub batch: BatchLimits,
     /// What a plugin may use.
@@ -162,6 +181,7 @@ pub struct Written {
     pub plugins: Option<PathBuf>,
     pub listen: Option<String>,
     pub keep_generations: Option<usize>,
+    pub stall_after_ms: Option<u64>,
     #[serde(default)]
     pub batch: WrittenBatch,
     #[serde(default)]
@@ -235,6 +255,9 @@ impl Written {
             plugins: self.plugins.unwrap_or_else(|| "plugins".into()),
             listen,
             keep_generations: within("keep_generations", self.keep_generations, 1, 0, 100)?,
+            // Three batches that use up their deadline, or three times the wait for a lock: what is only slow is not
+            // called stalled, and an operator who looks hears of it.
+            stall_after: ms(within("stall_after_ms", self.stall_after_ms, 30_000, 100, 86_400_000)?),
             batch: BatchLimits {
                 // Beyond 65,536 the dictionaries' 16-bit indexes could overflow.
                 events: within("batch.events", b.events, 16_384, 1, 65_536)?,

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::config::limits;
-use crate::model::{BatchColumn, ColumnSet};
+use crate::model::{BatchColumn, ColumnSet, cut};
 
 /// The version of `wit/projection.wit` that this host speaks.
 pub const CONTRACT: &str = "0.1.0";
@@ -133,10 +133,14 @@ impl ViewSchema {
 #[error("{0}")]
 pub struct Error(String);
 
+fn error(message: String) -> Error {
+    Error(cut(message))
+}
+
 macro_rules! ensure {
     ($condition:expr, $($message:tt)+) => {
         if !$condition {
-            return Err(Error(format!($($message)+)));
+            return Err(error(format!($($message)+)));
         }
     };
 }
@@ -168,7 +172,7 @@ impl Manifest {
             limits::MANIFEST_BYTES
         );
         let written: Written =
-            serde_json::from_str(json).map_err(|e| Error(format!("the manifest is not valid: {e}")))?;
+            serde_json::from_str(json).map_err(|e| error(format!("the manifest is not valid: {e}")))?;
         ensure!(
             written.contract == CONTRACT,
             "the manifest is written for contract {}; this runtime speaks {CONTRACT}",
@@ -230,15 +234,33 @@ fn subscriptions(written: Vec<WrittenSource>) -> Result<Vec<Subscription>, Error
     let mut sources: Vec<Subscription> = Vec::new();
     for WrittenSource { source, mut types } in written {
         ensure!(!source.is_empty(), "a source has an empty name");
+        let bytes = source.len();
+        ensure!(
+            bytes <= limits::EVENT_NAME_BYTES,
+            "a source's name has {bytes} bytes; the limit is {}",
+            limits::EVENT_NAME_BYTES
+        );
         ensure!(!sources.iter().any(|s| s.source == source), "source {source:?} is listed twice");
         types.sort();
         types.dedup();
+        ensure!(
+            types.len() <= limits::TYPES,
+            "{} event types are named for source {source:?}; the limit is {}; a glob like Order* names many",
+            types.len(),
+            limits::TYPES
+        );
+        // A long pattern of nested braces would take as deep a stack to compile.
+        ensure!(
+            types.iter().all(|t| t.len() <= limits::EVENT_NAME_BYTES),
+            "an event type of source {source:?} is longer than {} bytes",
+            limits::EVENT_NAME_BYTES
+        );
         let mut matcher = GlobSetBuilder::new();
         for pattern in &types {
-            let glob = Glob::new(pattern).map_err(|e| Error(format!("event type {pattern:?} is not a glob: {e}")))?;
+            let glob = Glob::new(pattern).map_err(|e| error(format!("event type {pattern:?} is not a glob: {e}")))?;
             matcher.add(glob);
         }
-        let matcher = matcher.build().map_err(|e| Error(format!("the event types of {source:?}: {e}")))?;
+        let matcher = matcher.build().map_err(|e| error(format!("the event types of {source:?}: {e}")))?;
         sources.push(Subscription { source, types, matcher });
     }
     sources.sort_by(|a, b| a.source.cmp(&b.source));
@@ -266,7 +288,7 @@ fn validate_view(view: &ViewSchema) -> Result<(), Error> {
     ensure!(!view.key.is_empty(), "view {:?} has no key", view.name);
     for (i, key) in view.key.iter().enumerate() {
         let Some(column) = view.column(key).map(|i| &view.columns[i]) else {
-            return Err(Error(format!("key {key:?} of view {:?} is not one of its columns", view.name)));
+            return Err(error(format!("key {key:?} of view {:?} is not one of its columns", view.name)));
         };
         ensure!(!view.key[..i].contains(key), "column {key:?} is twice in the key of view {:?}", view.name);
         ensure!(!column.nullable, "key column {key:?} of view {:?} is nullable; a key must always be there", view.name);
@@ -277,14 +299,21 @@ fn validate_view(view: &ViewSchema) -> Result<(), Error> {
             column.kind.name()
         );
     }
-    for column in view.indexes.iter().flatten() {
-        ensure!(
-            view.column(column).is_some(),
-            "index column {column:?} of view {:?} is not one of its columns",
-            view.name
-        );
+    ensure!(
+        view.indexes.len() <= limits::INDEXES,
+        "view {:?} has {} indexes; the limit is {}",
+        view.name,
+        view.indexes.len(),
+        limits::INDEXES
+    );
+    for index in &view.indexes {
+        ensure!(!index.is_empty(), "view {:?} has an index without columns", view.name);
+        for (i, column) in index.iter().enumerate() {
+            let known = view.column(column).is_some();
+            ensure!(known, "index column {column:?} of view {:?} is not one of its columns", view.name);
+            ensure!(!index[..i].contains(column), "column {column:?} is twice in an index of view {:?}", view.name);
+        }
     }
-    ensure!(view.indexes.iter().all(|i| !i.is_empty()), "view {:?} has an index without columns", view.name);
     Ok(())
 }
 

@@ -9,6 +9,8 @@ use std::sync::Arc;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
 use serde::{Deserialize, Serialize};
 
+use crate::config::limits;
+
 /// Where an event stands in its source: strictly increasing, not always dense.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
@@ -538,6 +540,16 @@ struct Wire<'a> {
     metadata: Option<&'a serde_bytes::Bytes>,
     #[serde(skip_serializing_if = "Option::is_none")]
     metadata_ends: Option<&'a serde_bytes::Bytes>,
+}
+
+/// A message that a plugin has a hand in, as long as a person reads: it goes into logs, answers and the status.
+pub(crate) fn cut(mut message: String) -> String {
+    if message.len() > limits::MESSAGE_BYTES {
+        let dropped = message.len() - limits::MESSAGE_BYTES;
+        message.truncate(message.floor_char_boundary(limits::MESSAGE_BYTES));
+        message.push_str(&format!(" [and {dropped} more bytes]"));
+    }
+    message
 }
 
 #[cfg(test)]

@@ -7,17 +7,17 @@ use std::io::{Read, Seek, Write};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, RwLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::config::Config;
+use crate::config::{Config, limits};
 use crate::log::{self, EventLog, Heads};
-use crate::model::Position;
+use crate::model::{Checkpoint, Position};
 use crate::plugin::{self, Engine, Folder, Found, Module};
 use crate::projection::lifecycle::{Building, Live};
-use crate::projection::{Activity, Manager, Shared, Snapshot, SnapshotGeneration};
+use crate::projection::{Activity, Manager, Shared, Snapshot, SnapshotGeneration, Stalls};
 use crate::view::{self, Catalogue, Scratch};
 
 pub use crate::projection::LiveView;
@@ -83,6 +83,8 @@ pub enum ProjectionState {
     Live,
     /// A new generation is being built; the live one goes on.
     Rebuilding,
+    /// It has lag, and has made no progress for longer than `stall_after_ms`; `error` says what it waits for.
+    Stalled,
     /// It stands still, because going on would lose or corrupt data.
     Faulted,
     /// Its module is not in the folder. Its views are readable.
@@ -154,6 +156,7 @@ struct Inner {
     shared: Arc<Shared>,
     managers: Mutex<BTreeMap<String, Manager>>,
     refused: RwLock<Vec<Refused>>,
+    stalls: Mutex<Stalls>,
     /// Locked as long as this runtime lives; other processes read in it where we listen.
     lock: Mutex<File>,
     stopping: tokio::sync::watch::Sender<bool>,
@@ -204,6 +207,7 @@ impl Runtime {
             managers: Mutex::new(managers.collect()),
             shared,
             refused: RwLock::default(),
+            stalls: Mutex::default(),
             lock: Mutex::new(lock),
             stopping: tokio::sync::watch::Sender::new(false),
         });
@@ -211,6 +215,7 @@ impl Runtime {
         watch_folder(inner.clone(), folder, looked);
         // The sender is dropped without a word only if everything stops.
         let _ = first_look.await;
+        tokio::spawn(watch_stalls(inner.clone()));
         Ok(Runtime { inner })
     }
 
@@ -239,7 +244,14 @@ impl Runtime {
         refused.extend(failed.filter_map(|(name, s)| {
             Some(Refused { file: s.file.clone().unwrap_or_else(|| name.clone()), reason: s.refused.clone()? })
         }));
-        let projections = snapshots.into_iter().filter_map(|(name, s)| projection_status(name, &s, &heads));
+        let stalls = self.inner.stalls.lock().expect("no panics while it is held");
+        let look = Look {
+            heads: &heads,
+            log: self.inner.shared.log.trouble(),
+            stalls: &stalls,
+            stall_after: self.inner.shared.config.stall_after,
+        };
+        let projections = snapshots.into_iter().filter_map(|(name, s)| projection_status(name, &s, &look));
         Status {
             projections: projections.collect(),
             sources: heads.iter().map(|(s, h)| SourceHead { source: s.to_string(), head: h.position }).collect(),
@@ -534,8 +546,102 @@ impl Inner {
     }
 }
 
-fn projection_status(name: String, snapshot: &Snapshot, heads: &Heads) -> Option<ProjectionStatus> {
+/// Looks again and again which generations have something to do and do not move, until the runtime stops.
+async fn watch_stalls(inner: Arc<Inner>) {
+    let stall_after = inner.shared.config.stall_after;
+    let mut looks = tokio::time::interval((stall_after / 4).min(limits::STALL_LOOK));
+    let mut stopping = inner.stopping.subscribe();
+    let mut known = BTreeSet::new();
+    loop {
+        tokio::select! {
+            _ = looks.tick() => {}
+            _ = stopping.wait_for(|stopping| *stopping) => return,
+        }
+        let now = Instant::now();
+        let heads = inner.shared.log.heads_now();
+        let log = inner.shared.log.trouble();
+        let snapshots = inner.shared.snapshots.read().expect("no panics while it is held").clone();
+        let mut stalled = BTreeMap::new();
+        {
+            let mut stalls = inner.stalls.lock().expect("no panics while it is held");
+            for (name, snapshot) in &snapshots {
+                for (generation, follows) in generations(snapshot) {
+                    let checkpoint = generation.checkpoint.borrow().clone();
+                    // Nobody knows the lag behind a log that cannot be read.
+                    let behind = follows && (log.is_some() || lag(generation, &checkpoint, &heads) > 0);
+                    let key = (name.as_str(), generation.record.number);
+                    stalls.look(key, behind, &checkpoint, now);
+                    if stalls.quiet(key, &checkpoint, now) >= stall_after {
+                        let reason = waits_for(generation, log.as_deref(), stalls.quiet(key, &checkpoint, now));
+                        stalled.insert((name.clone(), generation.record.number), reason);
+                    }
+                }
+            }
+            stalls.forget_others(now);
+        }
+        for ((projection, generation), reason) in stalled.iter().filter(|(key, _)| !known.contains(*key)) {
+            tracing::warn!(projection, generation, reason, "stalled");
+        }
+        for (projection, generation) in known.iter().filter(|key| !stalled.contains_key(*key)) {
+            tracing::info!(projection, generation, "not stalled any more");
+        }
+        known = stalled.into_keys().collect();
+    }
+}
+
+/// The generations of a projection, and whether somebody is to follow the log for them.
+fn generations(snapshot: &Snapshot) -> impl Iterator<Item = (&SnapshotGeneration, bool)> {
+    let live = matches!(snapshot.state.live, Live::Running(_) | Live::Proving { .. } | Live::Waiting(_));
+    let building = matches!(snapshot.state.building, Building::Running(_) | Building::Finishing(_));
+    snapshot.live.iter().map(move |g| (g, live)).chain(snapshot.building.iter().map(move |g| (g, building)))
+}
+
+/// Events between checkpoint and head, of all sources together. Positions of the embedded log are dense.
+fn lag(generation: &SnapshotGeneration, checkpoint: &Checkpoint, heads: &Heads) -> u64 {
+    let next = |position: Option<Position>| position.map_or(0, |p| p.0 + 1);
+    let sources = generation.record.manifest.sources.iter().map(|s| s.source.as_str());
+    let lag = |source| next(heads.get(source).map(|h| h.position)).saturating_sub(next(checkpoint.get(source)));
+    sources.map(lag).sum()
+}
+
+/// What a generation waits for that does not move.
+fn waits_for(generation: &SnapshotGeneration, log: Option<&str>, quiet: Duration) -> String {
+    let progress = generation.progress.borrow();
+    let why = match (&progress.activity, &progress.task, log) {
+        (_, _, Some(trouble)) => trouble.to_owned(),
+        (Activity::Retrying(error), _, _) => format!("{error}; retrying"),
+        (_, Some((task, since)), _) => format!("{task} has taken {:.1} s so far", since.elapsed().as_secs_f64()),
+        (_, None, _) => "it has not begun".to_owned(),
+    };
+    format!("no progress for {:.1} s: {why}", quiet.as_secs_f64())
+}
+
+/// What the status of generations is made from besides themselves.
+struct Look<'a> {
+    heads: &'a Heads,
+    /// Why the log cannot be read.
+    log: Option<String>,
+    stalls: &'a Stalls,
+    stall_after: Duration,
+}
+
+impl Look<'_> {
+    /// What a generation waits for, if it is stalled.
+    fn stalled(&self, name: &str, generation: &SnapshotGeneration, follows: bool) -> Option<String> {
+        let key = (name, generation.record.number);
+        let quiet = self.stalls.quiet(key, &generation.checkpoint.borrow(), Instant::now());
+        (follows && quiet >= self.stall_after).then(|| waits_for(generation, self.log.as_deref(), quiet))
+    }
+}
+
+fn projection_status(name: String, snapshot: &Snapshot, look: &Look<'_>) -> Option<ProjectionStatus> {
     let (live, building) = (snapshot.live.as_ref()?, snapshot.building.as_ref());
+    let stalled = |generation: &SnapshotGeneration| {
+        let found = generations(snapshot).find(|(g, _)| g.record.number == generation.record.number);
+        look.stalled(&name, generation, found.is_some_and(|(_, follows)| follows))
+    };
+    let live_stalled = stalled(live);
+    let is_stalled = live_stalled.is_some();
     let fault = match &snapshot.state.live {
         Live::Faulted(_, reason) => Some(reason.clone()),
         _ => None,
@@ -548,15 +654,18 @@ fn projection_status(name: String, snapshot: &Snapshot, heads: &Heads) -> Option
     let build = if snapshot.state.back { "rollback" } else { "rebuild" };
     let build_failed =
         || build_fault.as_ref().map(|r| format!("the {build} failed: {r}; the former generation goes on"));
-    let error = fault.or_else(refused).or_else(build_failed);
-    let mut live_status = generation_status(live, heads, error);
+    let error = fault.or(live_stalled).or_else(refused).or_else(build_failed);
+    let mut live_status = generation_status(live, look.heads, error);
     if let Some(module) = snapshot.state.live.module() {
         live_status.module_hash.clone_from(&module.hash);
     }
     let runs = |hash: &String| snapshot.state.live.module().is_some_and(|m| m.hash == *hash);
     // By positions in the first place: what a worker says of itself may be a moment old.
     let at_head = live_status.lag_events == 0 || live.progress.borrow().activity == Activity::AtHead;
+    let build_error = build_fault.or_else(|| building.and_then(stalled));
+    let building = building.map(|b| generation_status(b, look.heads, build_error));
     let state = match (&snapshot.state.live, &snapshot.state.building) {
+        _ if is_stalled => ProjectionState::Stalled,
         (_, Building::Running(_) | Building::Finishing(_)) => ProjectionState::Rebuilding,
         (Live::Faulted(..), _) => ProjectionState::Faulted,
         (Live::None | Live::Stopped(_), _) => ProjectionState::Stopped,
@@ -569,7 +678,7 @@ fn projection_status(name: String, snapshot: &Snapshot, heads: &Heads) -> Option
         file: snapshot.file.clone(),
         views: live.record.manifest.views.iter().map(|v| v.name.clone()).collect(),
         live: live_status,
-        building: building.map(|b| generation_status(b, heads, build_fault)),
+        building,
         rolled_back_from: snapshot.state.held.clone().filter(|held| !runs(held)),
     })
 }
@@ -577,14 +686,13 @@ fn projection_status(name: String, snapshot: &Snapshot, heads: &Heads) -> Option
 fn generation_status(generation: &SnapshotGeneration, heads: &Heads, fault: Option<String>) -> GenerationStatus {
     let progress = generation.progress.borrow().clone();
     let checkpoint = generation.checkpoint.borrow().clone();
-    let (mut lag_events, mut lag_seconds) = (0, 0.0_f64);
+    let lag_events = lag(generation, &checkpoint, heads);
+    let mut lag_seconds = 0.0_f64;
     let mut sources = Vec::new();
     for subscription in &generation.record.manifest.sources {
         let source = subscription.source.as_str();
         let (head, done) = (heads.get(source), checkpoint.get(source));
         if let Some(head) = head.filter(|head| done < Some(head.position)) {
-            // Positions of the embedded log are dense.
-            lag_events += head.position.0 + 1 - done.map_or(0, |p| p.0 + 1);
             let reached = progress.done.iter().find(|(s, ..)| **s == *source).map_or(head.first_time, |(_, _, t)| *t);
             let seconds = (head.time.microseconds() - reached.microseconds()) as f64 / 1e6;
             lag_seconds = lag_seconds.max(seconds);

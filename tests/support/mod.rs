@@ -47,7 +47,8 @@ fn build_modules() -> PathBuf {
         let output = cargo.arg(&target).args(arguments).output().expect("cargo runs");
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     };
-    let examples = ["order-summary", "carrier-performance", "orders-across-services", "flight-board", "event-counts"];
+    let examples =
+        ["order-summary", "carrier-performance", "orders-across-services", "flight-board", "event-counts", "hostile"];
     build(&examples.iter().flat_map(|name| ["-p", name]).collect::<Vec<_>>());
     for name in examples {
         let file = format!("{}.wasm", name.replace('-', "_"));
@@ -95,12 +96,14 @@ pub(crate) fn moved(source: &str, n: i64, account: &str, amount: i64) -> String 
 /// A data directory, a plugin folder, and at times a runtime on them.
 pub(crate) struct World {
     pub(crate) directory: TempDir,
+    /// A command that runs the command which follows it, `setpriv` say; empty for none.
+    pub(crate) through: Vec<String>,
     running: Option<(Child, String)>,
 }
 
 impl World {
     pub(crate) fn new() -> World {
-        let world = World { directory: tempfile::tempdir().unwrap(), running: None };
+        let world = World { directory: tempfile::tempdir().unwrap(), through: Vec::new(), running: None };
         std::fs::create_dir(world.plugins()).unwrap();
         world
     }
@@ -132,8 +135,9 @@ impl World {
 
     /// `shadowbox` with these arguments, in the directory of this world.
     pub(crate) fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_shadowbox"));
-        command.current_dir(self.directory.path()).args(arguments);
+        let mut words = self.through.iter().map(String::as_str).chain([env!("CARGO_BIN_EXE_shadowbox")]);
+        let mut command = Command::new(words.next().expect("at least ours"));
+        command.args(words).current_dir(self.directory.path()).args(arguments);
         command
     }
 
@@ -189,6 +193,11 @@ impl World {
     /// What the runtime has logged.
     pub(crate) fn log(&self) -> String {
         std::fs::read_to_string(self.log_file()).unwrap_or_default()
+    }
+
+    /// The process that runs.
+    pub(crate) fn process(&self) -> u32 {
+        self.running.as_ref().expect("it runs").0.id()
     }
 
     /// SIGKILL.

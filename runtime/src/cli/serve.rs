@@ -40,6 +40,9 @@ impl Run {
     }
 }
 
+/// SIGXFSZ of Linux on all common processors.
+const FILE_TOO_LARGE: i32 = 25;
+
 /// A runtime and its HTTP server.
 pub(super) struct Server {
     pub(super) runtime: Runtime,
@@ -51,6 +54,8 @@ pub(super) struct Server {
 impl Server {
     pub(super) async fn start(config: Config) -> Result<Server> {
         let listen = config.listen;
+        // Once it has been listened to, it kills nobody: a file beyond its limit is an error like a full disk.
+        drop(signal(SignalKind::from_raw(FILE_TOO_LARGE))?);
         // First of all, so that a port that is taken stops everything before it begins.
         let listener = TcpListener::bind(listen)
             .await

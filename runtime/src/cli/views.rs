@@ -174,6 +174,7 @@ fn state(state: ProjectionState) -> &'static str {
         ProjectionState::CatchingUp => "catching up",
         ProjectionState::Live => "live",
         ProjectionState::Rebuilding => "rebuilding",
+        ProjectionState::Stalled => "stalled",
         ProjectionState::Faulted => "faulted",
         ProjectionState::Stopped => "stopped",
     }

@@ -125,6 +125,7 @@ fn why_not_current(projection: &ProjectionStatus) -> Option<String> {
         }
         ProjectionState::Rebuilding => Some(error().unwrap_or_else(|| "the live generation is behind".into())),
         ProjectionState::CatchingUp => Some("it is catching up with the log".into()),
+        ProjectionState::Stalled => Some(error().unwrap_or_else(|| "it makes no progress".into())),
         ProjectionState::Faulted => Some(error().unwrap_or_else(|| "the projection has stopped by a fault".into())),
         // Its views stay readable as they are, because somebody took the module away. That is a decision, no outage.
         ProjectionState::Stopped if projection.file.is_none() => None,
@@ -146,6 +147,7 @@ mod tests {
             (Rebuilding, limits::READY_LAG + 1, true, None, false),
             (Rebuilding, 0, true, Some("trapped"), false),
             (CatchingUp, 10, true, None, false),
+            (Stalled, 1, true, Some("no progress for 30 s"), false),
             (Faulted, 0, true, Some("trapped"), false),
             (Stopped, 10, false, None, true),
             (Stopped, 10, true, None, false),

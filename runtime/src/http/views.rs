@@ -186,6 +186,7 @@ fn failure(error: Error) -> Failure {
         Error::TooSlow => Failure::new(StatusCode::SERVICE_UNAVAILABLE, "too_slow", message),
         Error::Busy => Failure::new(StatusCode::SERVICE_UNAVAILABLE, "busy", message),
         Error::Gone => Failure::new(StatusCode::SERVICE_UNAVAILABLE, "gone", message),
+        Error::Damaged(_) => Failure::new(StatusCode::INTERNAL_SERVER_ERROR, "damaged", message),
         Error::TooLarge => Failure::new(StatusCode::BAD_REQUEST, "too_large", message),
         Error::Output(_) | Error::Database(_) => Failure::internal(message),
     }

@@ -21,12 +21,18 @@ pub use sqlite::EventLog;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The database refused: full disk, no permission, held by somebody else for too long.
-    #[error("the event log {path:?}: {error}")]
+    #[error("the event log {path:?}: {error}{}", if is_damage(error) { "; it is damaged, restore it from a copy" } else { "" })]
     Sqlite {
         /// The log's file.
         path: PathBuf,
         /// What SQLite said.
         error: rusqlite::Error,
+    },
+    /// The file is not where it was opened: what is appended to it, nobody would see again.
+    #[error("the event log {path:?} was removed or replaced while it was open; put it back, and restart shadowbox")]
+    Removed {
+        /// The log's file.
+        path: PathBuf,
     },
     /// The directory of the log cannot be made.
     #[error("cannot create the directory {path:?}: {error}")]
@@ -58,6 +64,19 @@ pub enum Error {
         /// The limit, see [`crate::config::limits`].
         limit: usize,
     },
+}
+
+impl Error {
+    /// True for what may go away by itself or by an operator's hand: a lock, a full disk, a missing permission.
+    pub fn is_transient(&self) -> bool {
+        matches!(self, Error::Sqlite { error, .. } if !is_damage(error)) || matches!(self, Error::Directory { .. })
+    }
+}
+
+/// True if SQLite says that the file is not what it was, or what it holds cannot be read as what was stored.
+fn is_damage(error: &rusqlite::Error) -> bool {
+    use rusqlite::ErrorCode::{DatabaseCorrupt, NotADatabase};
+    error.sqlite_error_code().is_none_or(|code| matches!(code, DatabaseCorrupt | NotADatabase))
 }
 
 /// The newest event of a source.

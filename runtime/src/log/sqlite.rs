@@ -35,11 +35,30 @@ pub struct EventLog {
 struct Inner {
     path: PathBuf,
     identity: String,
+    /// Device and inode of the file.
+    file: (u64, u64),
+    /// Why the last look for new events failed, if it did.
+    trouble: Mutex<Option<String>>,
     writer: Mutex<Connection>,
     heads: watch::Sender<Arc<Heads>>,
     poller: OnceLock<()>,
     stop: Arc<(Mutex<bool>, Condvar)>,
     chunks: Arc<Chunks>,
+}
+
+impl Inner {
+    /// What is appended to a file that is not there any more, nobody would see again.
+    fn check_place(&self) -> Result<(), Error> {
+        if file_identity(&self.path) == Some(self.file) {
+            return Ok(());
+        }
+        Err(Error::Removed { path: self.path.clone() })
+    }
+}
+
+fn file_identity(path: &Path) -> Option<(u64, u64)> {
+    use std::os::unix::fs::MetadataExt;
+    std::fs::metadata(path).ok().map(|m| (m.dev(), m.ino()))
 }
 
 impl Drop for Inner {
@@ -70,9 +89,12 @@ impl EventLog {
             return Err(Error::Format { path, found: format, expected: FORMAT });
         }
         let heads = read_heads(&writer).map_err(failed)?;
+        let file = file_identity(&path).ok_or_else(|| Error::Removed { path: path.clone() })?;
         Ok(EventLog {
             inner: Arc::new(Inner {
                 identity,
+                file,
+                trouble: Mutex::default(),
                 writer: Mutex::new(writer),
                 heads: watch::Sender::new(Arc::new(heads)),
                 poller: OnceLock::new(),
@@ -95,6 +117,7 @@ impl EventLog {
         let failed = |error| Error::Sqlite { path: self.inner.path.clone(), error };
         let (appended, heads) = {
             let mut writer = self.inner.writer.lock().expect("a panic would have ended the process");
+            self.inner.check_place()?;
             let done = append(&mut writer, events).map_err(failed)?;
             (done, read_heads(&writer).map_err(failed)?)
         };
@@ -125,6 +148,11 @@ impl EventLog {
     /// The heads as of the last look; after an append of this process they include it.
     pub fn heads_now(&self) -> Arc<Heads> {
         self.inner.heads.borrow().clone()
+    }
+
+    /// Why nobody can tell at present whether there are new events; None while all is well, and before the first look.
+    pub fn trouble(&self) -> Option<String> {
+        self.inner.trouble.lock().expect("no panics while it is held").clone()
     }
 
     /// The events of a source after a position: as many as one chunk has, or None if there are none yet.
@@ -183,23 +211,29 @@ fn poll(inner: &Weak<Inner>, stop: &(Mutex<bool>, Condvar)) {
                 let moved = std::mem::replace(seen, version) != version;
                 moved.then(|| read_heads(connection)).transpose()
             };
-            let result = match &connection {
-                Some(c) => look(c, &mut seen),
-                None => connect(&inner.path).and_then(|c| {
-                    let heads = look(&c, &mut seen);
+            let failed = |error| Error::Sqlite { path: inner.path.clone(), error };
+            let result = inner.check_place().and_then(|()| match &connection {
+                Some(c) => look(c, &mut seen).map_err(failed),
+                None => connect(&inner.path).map_err(failed).and_then(|c| {
+                    let heads = look(&c, &mut seen).map_err(failed);
                     connection = Some(c);
                     heads
                 }),
-            };
+            });
+            let trouble = result.as_ref().err().map(Error::to_string);
             match result {
                 Ok(Some(heads)) => publish(&inner.heads, heads),
                 Ok(None) => {}
-                Err(error) => {
-                    // Whoever reads next meets the error too and reports it; here it only means to look again.
-                    tracing::warn!(%error, "cannot look for new events");
-                    connection = None;
-                    seen = -1;
+                Err(_) => (connection, seen) = (None, -1),
+            }
+            let mut known = inner.trouble.lock().expect("no panics while it is held");
+            if *known != trouble {
+                // Once, not at each of the looks that go on until it is over.
+                match &trouble {
+                    Some(error) => tracing::warn!(error, "cannot look for new events"),
+                    None => tracing::info!("new events can be seen again"),
                 }
+                *known = trouble;
             }
         }
         let guard = stop.0.lock().expect("no panics while it is held");

@@ -14,6 +14,7 @@ use super::instance::{Host, Instance, bindings};
 use super::{Error, Failure};
 use crate::config::SandboxLimits;
 use crate::manifest::{CONTRACT, Manifest, hex};
+use crate::model::cut;
 
 /// How fine deadlines are. Each tick costs a wake-up of one thread; no deadline needs to be more exact.
 const TICK: Duration = Duration::from_millis(10);
@@ -98,7 +99,7 @@ impl Engine {
         let hash = hash(bytes);
         let component = self.compile(bytes, &hash)?;
         self.check_contract(&component)?;
-        let compile = |error: wasmtime::Error| Error::Compile(format!("{error:#}"));
+        let compile = |error: wasmtime::Error| Error::Compile(cut(format!("{error:#}")));
         let pre = self.linker.instantiate_pre(&component).map_err(compile)?;
         let pre = bindings::PluginPre::new(pre).map_err(compile)?;
         let describe = || -> Result<String, Failure> { Instance::new(&pre, self.sandbox, None)?.describe() };
@@ -113,7 +114,7 @@ impl Engine {
         let mut exports = exports.exports(&self.engine).map(|(name, _)| name.to_owned());
         match exports.find_map(|name| name.strip_prefix(NAME).map(str::to_owned)) {
             Some(version) if version == CONTRACT => Ok(()),
-            Some(found) => Err(Error::Contract { found }),
+            Some(found) => Err(Error::Contract { found: cut(found) }),
             None => Err(Error::NoProjection { expected: format!("{NAME}{CONTRACT}") }),
         }
     }
@@ -123,8 +124,8 @@ impl Engine {
             Component::from_binary(&self.engine, bytes).map_err(|error| {
                 // A file that is still being written ends too early; the folder waits for the rest of it.
                 let error = format!("{error:#}");
-                let cut = error.contains("unexpected end") || error.contains("out of bounds");
-                if cut { Error::NotWasm } else { Error::Compile(error) }
+                let ends = error.contains("unexpected end") || error.contains("out of bounds");
+                if ends { Error::NotWasm } else { Error::Compile(cut(error)) }
             })
         };
         let Some(directory) = &self.cache else { return compile() };
@@ -133,8 +134,11 @@ impl Engine {
             return Ok(component);
         }
         let component = compile()?;
-        let code = component.serialize().map_err(|e| Error::Compile(format!("{e:#}")))?;
-        store(directory, &file, &code).map_err(Error::Cache)?;
+        let code = component.serialize().map_err(|e| Error::Compile(cut(format!("{e:#}"))))?;
+        if let Err(error) = store(directory, &file, &code) {
+            // A disk that is full is no fault of the module's; without the cache it is only slower to start.
+            tracing::warn!(?file, %error, "cannot keep the compiled module");
+        }
         Ok(component)
     }
 

@@ -1,7 +1,7 @@
 //! One sandboxed instance: what it may use, what it sees, and what becomes of its failures.
 
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use wasmtime::component::ResourceTable;
 use wasmtime::{ResourceLimiter, Store, Trap};
@@ -13,6 +13,7 @@ use wasmtime_wasi::{HostMonotonicClock, HostWallClock, I32Exit, WasiCtx, WasiCtx
 use super::Failure;
 use super::engine::ticks;
 use crate::config::{SandboxLimits, limits};
+use crate::model::cut;
 
 pub(super) mod bindings {
     wasmtime::component::bindgen!({
@@ -53,6 +54,8 @@ pub(super) struct Host {
     limits: Memory,
     /// Set if a host call failed for a reason that is not the plugin's.
     failed: Option<String>,
+    /// When the running call has had its time. The epoch ends it in the guest; a host call has to look for itself.
+    until: Instant,
 }
 
 impl Host {
@@ -74,14 +77,40 @@ impl host::Host for Host {
         self.row(view, &key)
     }
 
+    /// Reads key by key and writes row by row: what the plugin declares costs nothing, and one call costs no more than
+    /// the limits say.
     fn get_many(&mut self, view: u32, keys: Vec<u8>) -> wasmtime::Result<Vec<u8>> {
-        let keys: Vec<&serde_bytes::Bytes> = rmp_serde::from_slice(&keys)
-            .map_err(|error| wasmtime::Error::msg(format!("get-many: the keys are not an array of bin: {error}")))?;
-        let mut rows = Vec::with_capacity(keys.len());
-        for key in keys {
-            rows.push(self.row(view, key)?.map(serde_bytes::ByteBuf::from));
+        let malformed = |error: &dyn std::fmt::Display| {
+            wasmtime::Error::msg(format!("get-many: the keys are not an array of bin: {error}"))
+        };
+        let mut rest = keys.as_slice();
+        let count = rmp::decode::read_array_len(&mut rest).map_err(|e| malformed(&e))?;
+        if count > limits::ASKED_KEYS {
+            wasmtime::bail!("get-many: {count} keys; the limit for one call is {}", limits::ASKED_KEYS);
         }
-        Ok(rmp_serde::to_vec(&rows).expect("writing to memory cannot fail"))
+        let mut rows = Vec::new();
+        let written = "writing to memory cannot fail";
+        rmp::encode::write_array_len(&mut rows, count).expect(written);
+        for _ in 0..count {
+            if Instant::now() >= self.until {
+                return Err(Trap::Interrupt.into());
+            }
+            let length = rmp::decode::read_bin_len(&mut rest).map_err(|e| malformed(&e))?;
+            let (key, others) =
+                rest.split_at_checked(length as usize).ok_or_else(|| malformed(&"it ends too early"))?;
+            rest = others;
+            match self.row(view, key)? {
+                Some(row) => rmp::encode::write_bin(&mut rows, &row).expect(written),
+                None => rmp::encode::write_nil(&mut rows).expect(written),
+            }
+            if rows.len() > limits::ASKED_BYTES {
+                wasmtime::bail!(
+                    "get-many: the rows have more than {} bytes, the limit for one call",
+                    limits::ASKED_BYTES
+                );
+            }
+        }
+        Ok(rows)
     }
 }
 
@@ -101,6 +130,9 @@ struct Memory {
 
 /// Bounds the number of memories, tables and core instances in one component; ours have one memory and a few shims.
 const PARTS: usize = 32;
+
+/// Streams, clocks and the like that a guest may hold of the host at one time; std has three.
+const RESOURCES: usize = 1_000;
 
 /// Elements of all tables together; function tables of large plugins have some thousands.
 const TABLE_ELEMENTS: usize = 100_000;
@@ -241,15 +273,21 @@ impl Instance {
             .secure_random(Deterministic::new(vec![42]))
             .insecure_random(Deterministic::new(vec![42]))
             .insecure_random_seed(42)
+            .max_random_size(limits::RANDOM_BYTES)
             .allow_tcp(false)
             .allow_udp(false)
             .allow_ip_name_lookup(false)
             .build();
         let limits = Memory { limit: sandbox.memory, exceeded: false, size: 0 };
-        let host = Host { wasi, table: ResourceTable::new(), rows, output, limits, failed: None };
+        let until = Instant::now() + sandbox.deadline;
+        let mut table = ResourceTable::new();
+        table.set_max_capacity(RESOURCES);
+        let host = Host { wasi, table, rows, output, limits, failed: None, until };
         let mut store = Store::new(pre.engine(), host);
+        store.set_max_component_handles(RESOURCES);
         store.limiter(|host| &mut host.limits);
         store.set_hostcall_fuel(limits::CHANGES_BYTES);
+        // A core module may have a start function, which runs now.
         store.set_epoch_deadline(ticks(sandbox.deadline));
         let plugin = pre.instantiate(&mut store).map_err(|error| explain(error, &mut store, sandbox.deadline))?;
         Ok(Instance { store, plugin, deadline: sandbox.deadline })
@@ -257,7 +295,7 @@ impl Instance {
 
     /// The manifest's JSON.
     pub(super) fn describe(&mut self) -> Result<String, Failure> {
-        self.store.set_epoch_deadline(ticks(self.deadline));
+        self.begin_call();
         let result = self.plugin.shadowbox_plugin_projection().call_describe(&mut self.store);
         result.map_err(|error| explain(error, &mut self.store, self.deadline))
     }
@@ -269,24 +307,29 @@ impl Instance {
 
     /// Hands a batch over and returns the encoded changes. What the plugin printed goes to the log.
     pub fn apply(&mut self, batch: &[u8]) -> Result<Vec<u8>, Failure> {
-        self.store.set_epoch_deadline(ticks(self.deadline));
+        self.begin_call();
         let result = self.plugin.shadowbox_plugin_projection().call_apply(&mut self.store, batch);
         let changes = match result {
             Ok(Ok(changes)) => changes,
             Ok(Err(failure)) => {
-                return Err(Failure::Refused { event: failure.event, message: failure.message });
+                return Err(Failure::Refused { event: failure.event, message: cut(failure.message) });
             }
             Err(error) => return Err(explain(error, &mut self.store, self.deadline)),
         };
         if let Some(output) = self.store.data().output.take() {
             tracing::info!(%output, "the plugin printed");
         }
-        if changes.len() > limits::CHANGES_BYTES {
-            return Err(Failure::TooManyChanges { bytes: changes.len() });
-        }
         Ok(changes)
     }
+
+    fn begin_call(&mut self) {
+        self.store.set_epoch_deadline(ticks(self.deadline));
+        self.store.data_mut().until = Instant::now() + self.deadline;
+    }
 }
+
+/// wasmtime's words when a call hands over more bytes than [`limits::CHANGES_BYTES`]; it has no public type for that.
+const OUT_OF_HOSTCALL_FUEL: &str = "fuel allocated for hostcalls";
 
 /// What a trap means to a person.
 fn explain(error: wasmtime::Error, store: &mut Store<Host>, deadline: Duration) -> Failure {
@@ -305,7 +348,14 @@ fn explain(error: wasmtime::Error, store: &mut Store<Host>, deadline: Duration) 
     }
     // The outermost message is a backtrace of the guest, the innermost the reason. What std prints when a guest
     // panics says more than the trap that follows.
-    let reason = error.root_cause().to_string();
+    let mut reason = cut(error.root_cause().to_string());
+    if let Some(Trap::MemoryOutOfBounds) = error.downcast_ref() {
+        // A guest's stack is at the bottom of its memory.
+        reason.push_str("; a wild pointer does that, and recursion that is too deep");
+    }
+    if reason.contains(OUT_OF_HOSTCALL_FUEL) {
+        return Failure::TooManyChanges;
+    }
     tracing::debug!(backtrace = %format!("{error:?}"), "a plugin trapped");
     let message = match host.output.take() {
         Some(output) => format!("{output} ({reason})"),

@@ -69,8 +69,15 @@ pub enum Failure {
     /// Everything else that ends a guest: a panic, a wild pointer, a host call with a wrong argument.
     #[error("the plugin trapped: {message}")]
     Trap { message: String },
-    #[error("the plugin returned {bytes} bytes of changes; the limit is {limit}", limit = limits::CHANGES_BYTES)]
-    TooManyChanges { bytes: usize },
+    /// More than the host takes in one call: changes, in all likelihood, or arguments of its own calls.
+    #[error(
+        "the plugin handed over more than {} MiB in one call; its changes are too many, or too large",
+        limits::CHANGES_BYTES >> 20
+    )]
+    TooManyChanges,
+    /// It returned changes that are not rows of its views.
+    #[error("the plugin returned changes that are not valid: {message}")]
+    Invalid { message: String },
     /// Not the plugin's fault: a row that it asked for could not be read.
     #[error("a row could not be read: {0}")]
     Host(String),

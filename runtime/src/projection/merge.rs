@@ -30,6 +30,8 @@ pub(super) struct Merge {
     types: Vec<Arc<str>>,
     columns: ColumnSet,
     guide: Option<Guide>,
+    /// The guide's record turned out to be damaged.
+    lost: bool,
 }
 
 struct Cursor {
@@ -153,6 +155,7 @@ impl Merge {
             types: Vec::new(),
             columns,
             guide: None,
+            lost: false,
         }
     }
 
@@ -170,6 +173,11 @@ impl Merge {
         if self.guide.take().is_some() {
             self.refresh();
         }
+    }
+
+    /// True if there was an order to follow, and it cannot be read any more: from there on we go by time.
+    pub(super) fn has_lost_its_guide(&self) -> bool {
+        self.lost
     }
 
     /// The log has moved: look again.
@@ -195,7 +203,19 @@ impl Merge {
         batch: &mut Columns,
         runs: &mut Vec<Run>,
     ) -> Result<Step, Error> {
-        if self.guide.is_some() { self.follow_record(limits, batch, runs) } else { self.by_time(limits, batch, runs) }
+        if self.guide.is_none() {
+            return self.by_time(limits, batch, runs);
+        }
+        match self.follow_record(limits, batch, runs) {
+            Err(Error::View(error)) if !error.is_transient() => {
+                // A rebuild is what mends a damaged generation, so it must not need it.
+                tracing::warn!(%error, "the recorded order ends here; going on by time");
+                self.lost = true;
+                self.lead();
+                Ok(Step::More)
+            }
+            step => step,
+        }
     }
 
     fn by_time(&mut self, limits: &BatchLimits, batch: &mut Columns, runs: &mut Vec<Run>) -> Result<Step, Error> {

@@ -3,18 +3,21 @@
 //! [`Manager`] runs one projection. It keeps a [`lifecycle`] (a pure state machine that says what to do), and a worker
 //! (`worker.rs`) for each generation that is being followed: the loop read, apply, commit. What it holds meanwhile is a
 //! session (`session.rs`); it reads through a merge (`merge.rs`), which puts the events of several sources into one order.
+//! [`Stalls`] notices who has lag and does not move.
 
 pub mod lifecycle;
 mod manager;
 mod merge;
 mod session;
 mod shadow;
+mod stalls;
 mod worker;
 
 pub use manager::{LiveView, Manager, Shared, Snapshot, SnapshotGeneration, at_rest, module_id};
 pub use session::check_file;
 pub use shadow::{Applied, Fold, Shadow};
-pub use worker::{Activity, Progress};
+pub use stalls::Stalls;
+pub use worker::{Activity, Progress, Task};
 
 use std::path::PathBuf;
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use super::Error;
 use super::merge::{Merge, Step, checkpoint, done};
 use super::shadow::Selection;
-use super::worker::{Course, Job};
+use super::worker::{Course, Job, Task};
 use crate::config::{BatchLimits, limits};
 use crate::log::EventLog;
 use crate::model::{Checkpoint, Columns, Position, Time};
@@ -21,6 +21,8 @@ struct State {
     /// Kept until their commit has ended; before, nobody knows which of the two is stored.
     committing: Option<Arc<Changes>>,
     committed: CommittedRows,
+    /// Why a row could not be read, as it was before it went through the sandbox.
+    failed: Option<view::Error>,
 }
 
 impl Rows for State {
@@ -31,7 +33,11 @@ impl Rows for State {
         }
         match self.committed.get(view, key) {
             Ok(row) => row.map_err(RowError::Plugin),
-            Err(error) => Err(RowError::Host(error.to_string())),
+            Err(error) => {
+                let message = error.to_string();
+                self.failed = Some(error);
+                Err(RowError::Host(message))
+            }
         }
     }
 }
@@ -103,7 +109,12 @@ impl Session {
         let foreign = follow(job, &mut merge)?;
         let committed = generation.rows()?;
         Ok(Session {
-            state: Arc::new(Mutex::new(State { pending: Changes::default(), committing: None, committed })),
+            state: Arc::new(Mutex::new(State {
+                pending: Changes::default(),
+                committing: None,
+                committed,
+                failed: None,
+            })),
             committer: Committer::new(generation),
             tables,
             merge,
@@ -199,6 +210,7 @@ impl Session {
         if let Some(selection) = &self.selection {
             self.batch = self.batch.select(|source, position| selection.takes(source, position));
         }
+        self.foreign |= self.merge.has_lost_its_guide();
         if !self.batch.is_empty() {
             if let Err(failure) = self.apply(job) {
                 self.isolate(job, failure)?;
@@ -219,11 +231,20 @@ impl Session {
             Some(instance) => instance,
             none => none.insert(job.module.instantiate(self.state.clone())?),
         };
+        job.doing(Task::Applying {
+            events: self.batch.len(),
+            source: self.merge.sources[usize::from(self.batch.source(0))].clone(),
+            position: self.batch.position(0),
+        });
         let changes = instance.apply(&encoded);
         let tables = self.tables.clone();
         let mut state = self.state();
-        state.committed.release().map_err(|error| Failure::Host(error.to_string()))?;
-        state.pending.absorb(&tables, changes?).map_err(|message| Failure::Trap { message })
+        if let Err(error) = state.committed.release() {
+            let message = error.to_string();
+            state.failed = Some(error);
+            return Err(Failure::Host(message));
+        }
+        state.pending.absorb(&tables, changes?).map_err(|message| Failure::Invalid { message })
     }
 
     fn succeeded(&mut self, most: usize) {
@@ -240,7 +261,10 @@ impl Session {
     fn isolate(&mut self, job: &Job, failure: Failure) -> Result<(), Error> {
         let events = self.batch.len();
         let first_bad = match failure {
-            Failure::Host(message) => return Err(Error::Host(message)),
+            Failure::Host(message) => {
+                let failed = self.state().failed.take();
+                return Err(failed.map_or(Error::Host(message), Error::View));
+            }
             Failure::Refused { event, .. } => Some(event as usize).filter(|&i| i < events),
             _ => None,
         };

@@ -1,5 +1,6 @@
 //! The loop: read a batch, apply it, commit; on a thread of its own for each generation that is being followed.
 
+use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -75,6 +76,8 @@ pub struct Progress {
     pub measured: Option<Instant>,
     /// What it is doing.
     pub activity: Activity,
+    /// What it is in the middle of, and since when; None before it began.
+    pub task: Option<(Task, Instant)>,
 }
 
 /// What a worker is doing.
@@ -87,6 +90,55 @@ pub enum Activity {
     AtHead,
     /// After an error of the host's it begins again at the last commit.
     Retrying(String),
+}
+
+/// What a worker can be in the middle of. If it makes no progress, this is what it waits for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Task {
+    /// Opening the generation's file, and comparing the log with it.
+    Opening,
+    /// Reading the log.
+    Reading,
+    /// A call of the plugin.
+    Applying {
+        /// How many events it was given.
+        events: usize,
+        /// The first one's source.
+        source: Arc<str>,
+        /// The first one's position.
+        position: Position,
+    },
+    /// Writing rows and checkpoint.
+    Committing,
+    /// Nothing: it waits for events, or to be told.
+    Resting,
+}
+
+impl fmt::Display for Task {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Task::Opening => f.write_str("opening the view file and the log"),
+            Task::Reading => f.write_str("reading the log"),
+            Task::Applying { events: 1, source, position } => {
+                write!(f, "a plugin call for the event at position {position} of source {source:?}")
+            }
+            Task::Applying { events, source, position } => {
+                write!(f, "a plugin call for {events} events from position {position} of source {source:?} on")
+            }
+            Task::Committing => f.write_str("a commit to the view file"),
+            Task::Resting => f.write_str("waiting for events, although there are some"),
+        }
+    }
+}
+
+impl Job {
+    /// Says what the worker is in the middle of from now on. Nobody is woken by it: whoever asks, looks.
+    pub(super) fn doing(&self, task: Task) {
+        self.progress.send_if_modified(|progress| {
+            Arc::make_mut(progress).task = Some((task, Instant::now()));
+            false
+        });
+    }
 }
 
 /// A running worker. Dropping it does not stop it.
@@ -222,6 +274,7 @@ impl Work {
 
     /// Opens everything anew and goes on from the checkpoint that is stored.
     fn attempt(&mut self) -> Leave {
+        self.job.doing(Task::Opening);
         let mut session = match Session::open(&self.job) {
             Ok(session) => session,
             Err(error) => return Leave::Failed(error),
@@ -250,6 +303,7 @@ impl Work {
             self.heads.borrow_and_update();
             session.merge.refresh();
         }
+        self.job.doing(Task::Reading);
         let step = session.step(&self.job)?;
         let at_rest = step != Step::More;
         if session.suspect > 0 {
@@ -297,6 +351,7 @@ impl Work {
 
     /// Begins a commit if `due`, and tells everybody of those that have ended; if `wait`, all have.
     fn commit(&mut self, session: &mut Session, due: bool, wait: bool) -> Result<(), Leave> {
+        self.job.doing(Task::Committing);
         let Some(had_applied) = session.commit(&self.job, due, wait)? else { return Ok(()) };
         self.report(session, wait);
         if had_applied && !self.proved {
@@ -334,6 +389,7 @@ impl Work {
 
     /// The one place that waits.
     fn wait(&mut self, longest: Duration) -> Wake {
+        self.job.doing(Task::Resting);
         let wake = self.runtime.block_on(async {
             tokio::select! {
                 command = self.commands.recv() => Wake::Command(command),
@@ -374,8 +430,10 @@ impl Work {
 /// Errors that may go away by themselves. Being fenced off, a foreign log, or an event that cannot be applied do not.
 fn is_transient(error: &Error) -> bool {
     match error {
-        Error::Log(_) | Error::Host(_) | Error::View(view::Error::Sqlite { .. } | view::Error::File { .. }) => true,
+        Error::Log(error) => error.is_transient(),
+        Error::View(error) => error.is_transient(),
+        Error::Host(_) => true,
         Error::FirstBatch { .. } | Error::Record { .. } | Error::Types => false,
-        Error::View(_) | Error::Plugin(_) | Error::Event { .. } | Error::LogReplaced { .. } => false,
+        Error::Plugin(_) | Error::Event { .. } | Error::LogReplaced { .. } => false,
     }
 }

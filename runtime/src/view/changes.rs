@@ -6,6 +6,7 @@ use hashbrown::HashTable;
 use hashbrown::hash_table::Entry;
 
 use super::row::Table;
+use crate::config::limits;
 
 /// Row changes that wait for their commit: the last state of each row touched, once.
 ///
@@ -141,6 +142,9 @@ fn parse(
     let malformed = |what: String| format!("the changes are not an array of [view, op, key, row]: {what}");
     let mut rest = encoded;
     let length = rmp::decode::read_array_len(&mut rest).map_err(|e| malformed(e.to_string()))? as usize;
+    if length > limits::CHANGES {
+        return Err(format!("{length} changes; the limit for one batch is {}", limits::CHANGES));
+    }
     // The length is what the plugin says; what it can be is bounded by what there is.
     let mut changes = Vec::with_capacity(length.min(encoded.len() / LEAST_BYTES));
     for i in 0..length {
@@ -265,7 +269,8 @@ mod tests {
         }
         for (bytes, expected) in [
             (&[][..], "array"),
-            (&[0xdd, 0xff, 0xff, 0xff, 0xff], "change 0"),
+            (&[0xdd, 0xff, 0xff, 0xff, 0xff], "4294967295 changes; the limit"),
+            (&[0xdd, 0, 0, 0xff, 0xff], "change 0"),
             (&[0x91, 0x93, 0, 0, 0], "3 elements"),
             (&[0x90, 0], "1 bytes too many"),
             (&[0x91, 0x94, 0, 0, 0xc4, 9, 0], "too early"),

@@ -30,7 +30,7 @@ pub use scratch::Scratch;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The database of a generation refused.
-    #[error("the view file {path:?}: {error}")]
+    #[error("the view file {path:?}: {error}{}", if is_damage(error) { "; it is damaged, rebuild the projection" } else { "" })]
     Sqlite {
         /// The generation's file.
         path: PathBuf,
@@ -88,4 +88,22 @@ pub enum Error {
         /// What differs.
         reason: String,
     },
+}
+
+impl Error {
+    /// True for what may go away by itself or by an operator's hand: a lock, a full disk, a missing permission. Being
+    /// fenced off, a damaged file, or one that holds something else do not.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Error::Sqlite { error, .. } => !is_damage(error),
+            Error::File { .. } => true,
+            _ => false,
+        }
+    }
+}
+
+/// True if SQLite says that the file is not what it was, or what it holds cannot be read as what was stored.
+fn is_damage(error: &rusqlite::Error) -> bool {
+    use rusqlite::ErrorCode::{DatabaseCorrupt, NotADatabase};
+    error.sqlite_error_code().is_none_or(|code| matches!(code, DatabaseCorrupt | NotADatabase))
 }

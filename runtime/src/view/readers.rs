@@ -40,6 +40,9 @@ pub enum Error {
     /// Whoever was to get the rows did not take them.
     #[error("cannot write the rows")]
     Output(#[source] std::io::Error),
+    /// The generation's file is not what was written.
+    #[error("the view's file is damaged ({0}); rebuild the projection")]
+    Damaged(String),
     /// SQLite failed in another way.
     #[error("SQLite: {0}")]
     Database(String),
@@ -50,6 +53,7 @@ impl From<rusqlite::Error> for Error {
         match (error.sqlite_error_code(), error) {
             (Some(ErrorCode::OperationInterrupted), _) => Error::TooSlow,
             (Some(ErrorCode::CannotOpen), _) => Error::Gone,
+            (Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase), error) => Error::Damaged(error.to_string()),
             (_, rusqlite::Error::SqliteFailure(_, Some(message))) => Error::Database(message),
             (_, rusqlite::Error::SqlInputError { msg, .. }) => Error::Database(msg),
             (_, error) => Error::Database(error.to_string()),

@@ -95,7 +95,9 @@ impl Table {
             list(&self.schema.key)
         );
         let indexes = self.schema.indexes.iter().enumerate().map(|(i, columns)| {
-            format!("CREATE INDEX {} ON {view} ({})", quote(&format!("{}_{i}", self.schema.name)), list(columns))
+            // No view can be called so: tables and indexes share their names.
+            let name = quote(&format!("{}.{i}", self.schema.name));
+            format!("CREATE INDEX {name} ON {view} ({})", list(columns))
         });
         std::iter::once(table).chain(indexes).collect()
     }
@@ -147,19 +149,23 @@ impl Table {
     pub(super) fn encode(&self, row: &Row<'_>) -> rusqlite::Result<Vec<u8>> {
         let mut out = Vec::with_capacity(16 * self.values.len());
         for (n, &i) in self.values.iter().enumerate() {
-            encode(&self.schema.columns[i], row.get_ref(n)?, &mut out);
+            let column = &self.schema.columns[i];
+            encode(column, row.get_ref(n)?, &mut out).ok_or_else(|| {
+                // What was checked before it was stored reads back, unless the file was damaged where SQLite cannot see it.
+                let code = rusqlite::ffi::Error::new(rusqlite::ffi::SQLITE_CORRUPT);
+                let what = format!("column {:?} of view {:?} holds what it cannot hold", column.name, self.schema.name);
+                rusqlite::Error::SqliteFailure(code, Some(what))
+            })?;
         }
         Ok(out)
     }
-}
 
-impl Table {
     /// The key of a stored row, all of whose columns were selected in order, as plugins write it. None if a column has
     /// something that no plugin could have written.
     pub(super) fn encode_key(&self, row: &Row<'_>) -> rusqlite::Result<Option<Vec<u8>>> {
         let mut out = Vec::new();
         for &i in &self.key {
-            if try_encode(&self.schema.columns[i], row.get_ref(i)?, &mut out).is_none() {
+            if encode(&self.schema.columns[i], row.get_ref(i)?, &mut out).is_none() {
                 return Ok(None);
             }
         }
@@ -226,7 +232,7 @@ fn decode<'a>(column: &Column, bytes: &mut &'a [u8]) -> Result<Value<'a>, String
         ColumnType::Decimal => {
             let text = string(bytes)?;
             if !is_decimal(text) {
-                return Err(format!("{text:?} is not a decimal like -12.50"));
+                return Err(format!("{:?} is not a decimal like -12.50", text.chars().take(64).collect::<String>()));
             }
             Value::Text(text)
         }
@@ -289,7 +295,14 @@ fn integer(bytes: &mut &[u8]) -> Result<i64, String> {
         -2_147_483_648..=4_294_967_295 => 5,
         _ => 9,
     };
-    if before.len() - bytes.len() == shortest { Ok(number) } else { Err("it is not in its shortest form".into()) }
+    if before.len() - bytes.len() != shortest {
+        return Err("it is not in its shortest form".into());
+    }
+    // From 128 on, the signed forms are as short as the unsigned ones; a key has one form.
+    if number >= 0 && matches!(before.first(), Some(0xd0..=0xd3)) {
+        return Err("it is not negative, but in a signed form".into());
+    }
+    Ok(number)
 }
 
 fn string<'a>(bytes: &mut &'a [u8]) -> Result<&'a str, String> {
@@ -325,13 +338,9 @@ fn take<'a>(before: &[u8], bytes: &mut &'a [u8], length: usize, shortest: usize)
     Ok(value)
 }
 
-/// The inverse of binding: what SQLite stores of a checked value becomes the same bytes again.
-fn encode(column: &Column, value: ValueRef<'_>, out: &mut Vec<u8>) {
-    try_encode(column, value, out).expect("checked before it was stored");
-}
-
-/// None for what cannot have been stored by us.
-fn try_encode(column: &Column, value: ValueRef<'_>, out: &mut Vec<u8>) -> Option<()> {
+/// The inverse of binding: what SQLite stores of a checked value becomes the same bytes again. None for what no checked
+/// value becomes.
+fn encode(column: &Column, value: ValueRef<'_>, out: &mut Vec<u8>) -> Option<()> {
     use rmp::encode::*;
     let text = |bytes| std::str::from_utf8(bytes).ok();
     match (column.kind, value) {
@@ -348,7 +357,7 @@ fn try_encode(column: &Column, value: ValueRef<'_>, out: &mut Vec<u8>) -> Option
             let uuid = uuid::Uuid::try_parse(text(t)?).ok()?;
             write_bin(out, uuid.as_bytes()).ok()
         }
-        (_, ValueRef::Text(t)) => write_str(out, text(t)?).ok(),
+        (ColumnType::Text | ColumnType::Json | ColumnType::Decimal, ValueRef::Text(t)) => write_str(out, text(t)?).ok(),
         _ => None,
     }
 }
@@ -377,6 +386,7 @@ mod tests {
         for (kind, bytes, expected) in [
             (Integer, &[0xcc, 0x7f][..], "shortest"),
             (Integer, &[0xcf, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff], "64 bits"),
+            (Integer, &[0xd1, 0x7f, 0xff], "signed form"),
             (Integer, b"\xa1x", "not an integer"),
             (Integer, &[], "missing"),
             (Integer, &[0xc0], "not nullable"),

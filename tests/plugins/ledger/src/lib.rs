@@ -152,6 +152,7 @@ fn apply(event: Event<Fact>, views: &mut Views) -> Result<()> {
 /// Everything of the world that could make a row depend on when or where it was made.
 fn look(views: &mut Views) -> Result<()> {
     use std::hash::{BuildHasher, RandomState};
+    use std::io::Read;
     let epoch = std::time::SystemTime::UNIX_EPOCH;
     let sights = [
         ("time", format!("{:?}", std::time::SystemTime::now().duration_since(epoch))),
@@ -160,6 +161,15 @@ fn look(views: &mut Views) -> Result<()> {
         ("environment", format!("{:?}", std::env::vars().collect::<Vec<_>>())),
         ("arguments", format!("{:?}", std::env::args().collect::<Vec<_>>())),
         ("file", format!("{:?}", std::fs::read("/etc/hostname").map_err(|e| e.kind()))),
+        ("folder", format!("{:?}", std::fs::read_dir("/").map_err(|e| e.kind()).map(drop))),
+        ("written", format!("{:?}", std::fs::write("/tmp/x", "x").map_err(|e| e.kind()))),
+        ("current folder", format!("{:?}", std::env::current_dir().map_err(|e| e.kind()))),
+        ("program", format!("{:?}", std::env::current_exe().map_err(|e| e.kind()))),
+        ("input", format!("{:?}", std::io::stdin().read_to_end(&mut Vec::new()).map_err(|e| e.kind()))),
+        ("thread", format!("{:?}", std::thread::Builder::new().spawn(|| ()).map_err(|e| e.kind()).map(drop))),
+        ("threads", format!("{:?}", std::thread::available_parallelism().map_err(|e| e.kind()))),
+        ("process", format!("{:?}", std::process::Command::new("/bin/true").status().map_err(|e| e.kind()).map(drop))),
+        ("order", format!("{:?}", (0..50).collect::<std::collections::HashSet<_>>())),
         ("network", format!("{:?}", std::net::TcpStream::connect("127.0.0.1:7070").map_err(|e| e.kind()).map(drop))),
     ];
     for (what, seen) in sights {
