@@ -19,7 +19,7 @@ type Map<K, V> = HashMap<K, V, foldhash::fast::FixedState>;
 const ROWS: usize = 50_000;
 
 /// Flights in a note of those that wait for a fact.
-const ROOM: usize = 64;
+const ROOM: usize = 16;
 
 /// Folds the log of a directory into `file`; answers how many events it took.
 pub(crate) fn run(projection: &str, log: &Path, file: &Path) -> Result<u64> {

@@ -6,7 +6,7 @@
 //! Everything that flights look up is a **fact**: the name of an airline, the model of an aircraft, the weather at an
 //! airport in an hour. If it is known when a flight needs it, the flight takes it: one row is written. If not, the
 //! flight leaves a note in `waiting`, and the fact gives itself to the flights that wait when it arrives. A note has room
-//! for some dozen flights, and there are as many notes as it takes: one list of all would be written anew for each flight
+//! for some flights, and there are as many notes as it takes: one list of all would be written anew for each flight
 //! that joins it, and a row for each flight would be a row more to write for each flight.
 //!
 //! One rule keeps the rows independent of the order of arrival: a fact counts once. The first registration or observation
@@ -168,8 +168,9 @@ struct Waiting {
 /// For facts that hold at any time.
 const ALWAYS: Timestamp = Timestamp::from_micros(0);
 
-/// How many flights a note has room for: more than leave an airport in an hour, so that most facts need one.
-const ROOM: i64 = 64;
+/// How many flights a note has room for. Some aircraft are never registered, so that their notes stay and grow: each
+/// flight that joins a note has all of it written anew.
+const ROOM: i64 = 16;
 
 #[projection(name = "flight-board", version = 1, views(Flight, Fact, Waiting))]
 fn flight_board(event: Event<Input>, views: &mut Views) -> Result<()> {
@@ -217,18 +218,11 @@ fn schedule(views: &mut Views, e: &Scheduled<'_>) -> Result<()> {
         departs_at: e.departs_at,
         ..Default::default()
     };
-    if let Some(airline) = ask(views, (Kind::Airline, e.carrier, ALWAYS), e.flight_id)? {
-        give(&airline, &mut flight);
+    ask(views, (Kind::Airline, e.carrier, ALWAYS), &mut flight)?;
+    if let Some(tailnum) = e.tailnum {
+        ask(views, (Kind::Aircraft, tailnum, ALWAYS), &mut flight)?;
     }
-    if let Some(tailnum) = e.tailnum
-        && let Some(aircraft) = ask(views, (Kind::Aircraft, tailnum, ALWAYS), e.flight_id)?
-    {
-        give(&aircraft, &mut flight);
-    }
-    let hour = e.departs_at.start_of_hour();
-    if let Some(weather) = ask(views, (Kind::Weather, e.origin, hour), e.flight_id)? {
-        give(&weather, &mut flight);
-    }
+    ask(views, (Kind::Weather, e.origin, e.departs_at.start_of_hour()), &mut flight)?;
     views.put(flight)
 }
 
@@ -241,19 +235,20 @@ fn never_scheduled(flight_id: &str) -> Result<()> {
     bail!("flight `{flight_id}` was never scheduled")
 }
 
-/// The fact, if it is known; if not, the flight waits for it from now on.
-fn ask(views: &mut Views, key: FactKey<'_>, flight_id: &str) -> Result<Option<Fact>> {
+/// Gives the fact to the flight, if it is known; if not, the flight waits for it from now on.
+fn ask(views: &mut Views, key: FactKey<'_>, flight: &mut Flight) -> Result<()> {
     let mut waiting = 0;
     if let Some(fact) = views.get::<Fact>(key) {
         if fact.known {
-            return Ok(Some(fact.clone()));
+            give(fact, flight);
+            return Ok(());
         }
         waiting = fact.waiting;
     }
     views.upsert::<Fact>(key, |fact| fact.waiting = waiting + 1)?;
     let (kind, id, hour) = key;
-    views.upsert::<Waiting>((kind, id, hour, waiting / ROOM), |note| note.flight_ids.0.push(flight_id.into()))?;
-    Ok(None)
+    let note = (kind, id, hour, waiting / ROOM);
+    views.upsert::<Waiting>(note, |note| note.flight_ids.push(flight.flight_id.clone()))
 }
 
 /// Takes note of a fact, and gives it to the flights that wait for it.
