@@ -3,6 +3,7 @@
 mod batches;
 mod command_line;
 mod demo;
+mod faults;
 mod flights;
 mod folder;
 mod hostile;
@@ -16,4 +17,5 @@ mod sandbox;
 mod storage;
 mod support;
 mod tidy;
+mod torture;
 mod waiting;

@@ -6,6 +6,7 @@
 //! - [`model`]: positions, times, checkpoints, events and batches: the words that every other module uses.
 //! - [`manifest`]: what a plugin declares about itself.
 //! - [`config`]: configuration, and every limit with its reason.
+//! - [`fault`]: the steps at which tests let the process die or an operation fail.
 //! - [`log`]: where events come from.
 //! - [`plugin`]: all of wasmtime: the engine, one sandboxed instance, the watched folder.
 //! - [`view`]: rows, the files that hold them, the only transaction that changes them, and queries.
@@ -32,6 +33,7 @@
 //!    `view` and `log`, which never name each other, then `model`, `manifest` and `config`.
 
 pub mod config;
+pub mod fault;
 pub mod http;
 pub mod log;
 pub mod manifest;

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::config::{Config, limits};
+use crate::fault;
 use crate::log::{self, EventLog, Heads};
 use crate::model::{Checkpoint, Position};
 use crate::plugin::{self, Engine, Folder, Found, Module};
@@ -351,6 +352,7 @@ fn sweep(modules: &Path, used: &[&str]) -> std::io::Result<()> {
         let path = entry?.path();
         let hash = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
         if !used.contains(&hash) {
+            fault::point("start.sweep", &path.to_string_lossy());
             std::fs::remove_file(&path)?;
         }
     }
@@ -466,6 +468,14 @@ impl Plan {
                     views.extend(module.manifest.views.iter().map(|v| (v.name.as_str(), name.as_str())));
                     wanted.insert(name.clone(), (file.to_owned(), module.clone()));
                 }
+            }
+        }
+        // So does a file that is broken: the module that it had goes on, unless another file has it by now.
+        for (name, (file, standing)) in now {
+            let broken = found.iter().any(|found| found.file == *file && found.module.is_err());
+            let taken = standing.manifest.views.iter().any(|v| views.contains_key(v.name.as_str()));
+            if broken && !taken && !wanted.contains_key(name) {
+                wanted.insert(name.clone(), (file.clone(), standing.clone()));
             }
         }
         let same = |name: &str, file: &str, hash: &str| now.get(name).is_some_and(|(f, m)| f == file && m.hash == hash);

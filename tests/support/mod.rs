@@ -1,8 +1,10 @@
 //! What every test needs: modules built once, a running `shadowbox`, a client, and waiting with a deadline.
 
+pub(crate) mod history;
+
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
@@ -169,21 +171,40 @@ impl World {
 
     /// Starts a runtime and waits until it says where it listens.
     pub(crate) fn start_with(&mut self, arguments: &[&str]) {
+        if let Err(status) = self.try_start(arguments, None) {
+            panic!("did not start: {status}\n{}", self.log());
+        }
+    }
+
+    /// The same, with a fault point armed; if it ends before it listens, answers how.
+    pub(crate) fn try_start(&mut self, arguments: &[&str], fault: Option<&str>) -> Result<(), ExitStatus> {
         assert!(self.running.is_none());
+        let mut child = self.spawn(arguments, fault);
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        let Some(address) = line.trim().split("http://").nth(1) else { return Err(child.wait().unwrap()) };
+        self.running = Some((child, format!("http://{address}")));
+        Ok(())
+    }
+
+    /// Starts a runtime and waits for nothing; it is the caller's.
+    pub(crate) fn spawn(&self, arguments: &[&str], fault: Option<&str>) -> Child {
         let log = std::fs::File::options().create(true).append(true).open(self.log_file()).unwrap();
-        let mut child = self
-            .command(&["run", "--plugins", "plugins", "--data", "data", "--listen", "127.0.0.1:0"])
+        self.command(&["run", "--plugins", "plugins", "--data", "data", "--listen", "127.0.0.1:0"])
             .args(arguments)
+            .envs(fault.map(|fault| ("SHADOWBOX_FAULT", fault)))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(log)
             .spawn()
-            .unwrap();
-        let mut line = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        let address = line.trim().split("http://").nth(1);
-        let address = address.unwrap_or_else(|| panic!("did not start: {line:?}\n{}", self.log())).to_owned();
-        self.running = Some((child, format!("http://{address}")));
+            .unwrap()
+    }
+
+    /// How it ended, if it has by itself.
+    pub(crate) fn ended(&mut self) -> Option<ExitStatus> {
+        let status = self.running.as_mut()?.0.try_wait().unwrap()?;
+        self.running = None;
+        Some(status)
     }
 
     fn log_file(&self) -> PathBuf {
@@ -209,11 +230,16 @@ impl World {
 
     /// SIGTERM; it must end well.
     pub(crate) fn stop(&mut self) {
+        let status = self.try_stop();
+        assert!(status.success(), "{status}\n{}", self.log());
+    }
+
+    /// The same; answers how it ended.
+    pub(crate) fn try_stop(&mut self) -> ExitStatus {
         let (mut child, _) = self.running.take().expect("it runs");
         let killed = Command::new("kill").arg(child.id().to_string()).status().unwrap();
         assert!(killed.success());
-        let status = wait_for("a clean stop", || child.try_wait().unwrap());
-        assert!(status.success(), "{status}\n{}", self.log());
+        wait_for("a clean stop", || child.try_wait().unwrap())
     }
 
     pub(crate) fn url(&self, path: &str) -> String {
@@ -280,6 +306,17 @@ impl Drop for World {
     }
 }
 
+/// None if nobody answers, or not to the end.
+pub(crate) fn get(url: &str, headers: &[(&str, &str)]) -> Option<Answer> {
+    let request = headers.iter().fold(agent().get(url), |r, (name, value)| r.header(*name, *value));
+    Answer::try_read(request.call().ok()?)
+}
+
+/// The same for a body that is posted.
+pub(crate) fn post(url: &str, content_type: &str, body: &str) -> Option<Answer> {
+    Answer::try_read(agent().post(url).header("content-type", content_type).send(body).ok()?)
+}
+
 fn agent() -> ureq::Agent {
     ureq::Agent::config_builder().http_status_as_error(false).timeout_global(Some(DEADLINE)).build().into()
 }
@@ -292,13 +329,17 @@ pub(crate) struct Answer {
 }
 
 impl Answer {
-    fn read(mut response: ureq::http::Response<ureq::Body>) -> Answer {
+    fn read(response: ureq::http::Response<ureq::Body>) -> Answer {
+        Answer::try_read(response).expect("a whole answer")
+    }
+
+    fn try_read(mut response: ureq::http::Response<ureq::Body>) -> Option<Answer> {
         let text = |v: &ureq::http::HeaderValue| v.to_str().unwrap_or_default().to_owned();
         let headers = response.headers().iter().map(|(name, value)| (name.to_string(), text(value))).collect();
         let status = response.status().as_u16();
         let mut body = String::new();
-        response.body_mut().as_reader().read_to_string(&mut body).unwrap();
-        Answer { status, headers, body }
+        response.body_mut().as_reader().read_to_string(&mut body).ok()?;
+        Some(Answer { status, headers, body })
     }
 
     pub(crate) fn json(&self) -> Value {

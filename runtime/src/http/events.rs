@@ -27,7 +27,7 @@ pub(super) async fn append(
         let events = parse(&body, batch)?;
         log.append(&events).map_err(|error| match error {
             log::Error::TooLarge { .. } => Failure::bad_request(error.to_string()),
-            error => Failure::internal(format!("nothing was appended: {error}; send it again")),
+            error => Failure::internal(format!("the append failed: {error}; send it again, nothing is appended twice")),
         })
     });
     let appended = appended.await.map_err(|e| Failure::internal(format!("the append did not finish: {e}")))??;

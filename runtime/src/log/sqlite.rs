@@ -15,6 +15,7 @@ use tokio::sync::watch;
 use super::chunks::{Chunk, Chunks};
 use super::{Appended, Error, Head, Heads};
 use crate::config::limits;
+use crate::fault;
 use crate::model::{ColumnSet, Event, NewEvent, Position, Time};
 
 /// The layout of the file; raised when it changes.
@@ -111,7 +112,7 @@ impl EventLog {
     }
 
     /// Appends events in one durable transaction, in order. An event whose source and id are there already appends
-    /// nothing. On an error nothing was appended.
+    /// nothing. After an error of the database either all or none of them are there: append them again.
     pub fn append(&self, events: &[NewEvent]) -> Result<Vec<Appended>, Error> {
         events.iter().try_for_each(check_bounds)?;
         let failed = |error| Error::Sqlite { path: self.inner.path.clone(), error };
@@ -119,9 +120,12 @@ impl EventLog {
             let mut writer = self.inner.writer.lock().expect("a panic would have ended the process");
             self.inner.check_place()?;
             let done = append(&mut writer, events).map_err(failed)?;
-            (done, read_heads(&writer).map_err(failed)?)
+            (done, read_heads(&writer))
         };
-        publish(&self.inner.heads, heads);
+        // What is committed is appended, whatever comes after; the next look finds it.
+        if let Ok(heads) = heads {
+            publish(&self.inner.heads, heads);
+        }
         Ok(appended)
     }
 
@@ -274,6 +278,7 @@ fn prepare(connection: &mut Connection) -> rusqlite::Result<(i64, String)> {
             params![uuid::Uuid::new_v4().to_string(), Time::now().to_string()],
         )?;
         tx.pragma_update(None, "user_version", FORMAT)?;
+        fault::point("log.made", tx.path().unwrap_or_default());
     }
     let format = tx.pragma_query_value(None, "user_version", |r| r.get(0))?;
     let identity =
@@ -329,6 +334,8 @@ struct Open {
 
 fn append(connection: &mut Connection, events: &[NewEvent]) -> rusqlite::Result<Vec<Appended>> {
     let tx = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    let path = tx.path().unwrap_or_default();
+    fault::fail("append.begun", path).map_err(full)?;
     let mut sources: HashMap<&str, Open> = HashMap::new();
     let mut types: HashMap<&str, i64> = HashMap::new();
     let mut appended = Vec::with_capacity(events.len());
@@ -375,8 +382,16 @@ fn append(connection: &mut Connection, events: &[NewEvent]) -> rusqlite::Result<
             params![source.next - 1, source.last_time, source.first_time, source.number],
         )?;
     }
+    fault::fail("append.written", path).map_err(full)?;
     tx.commit()?;
+    fault::point("append.committed", connection.path().unwrap_or_default());
     Ok(appended)
+}
+
+/// What a fault point stands for.
+fn full(error: std::io::Error) -> rusqlite::Error {
+    let code = rusqlite::ffi::Error::new(rusqlite::ffi::SQLITE_FULL);
+    rusqlite::Error::SqliteFailure(code, Some(error.to_string()))
 }
 
 fn number_of(connection: &Connection, table: &str, name: &str) -> rusqlite::Result<i64> {

@@ -13,6 +13,7 @@ use wasmtime_wasi::p2::DynPollable;
 use super::instance::{Host, Instance, bindings};
 use super::{Error, Failure};
 use crate::config::SandboxLimits;
+use crate::fault;
 use crate::manifest::{CONTRACT, Manifest, hex};
 use crate::model::cut;
 
@@ -52,7 +53,7 @@ impl Engine {
     /// If the cache's directory cannot be made.
     pub fn new(cache: Option<&Path>, sandbox: SandboxLimits) -> Result<Engine, Error> {
         if let Some(directory) = cache {
-            std::fs::create_dir_all(directory).map_err(Error::Cache)?;
+            std::fs::create_dir_all(directory).and_then(|()| sweep(directory)).map_err(Error::Cache)?;
         }
         let mut config = Config::new();
         config
@@ -184,12 +185,29 @@ fn forbid_waiting(linker: &mut Linker<Host>) {
     linker.allow_shadowing(false);
 }
 
+/// Removes what writers left that were killed. There are no others: who runs has the data directory.
+fn sweep(directory: &Path) -> std::io::Result<()> {
+    for entry in std::fs::read_dir(directory)? {
+        let entry = entry?;
+        if entry.file_name().to_string_lossy().starts_with(TEMPORARY) {
+            // What is gone already is as good; what cannot be removed costs only space.
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
+    Ok(())
+}
+
+/// How files begin that are not whole yet.
+const TEMPORARY: &str = ".tmp";
+
 /// Appears whole or not at all.
 fn store(directory: &Path, file: &Path, code: &[u8]) -> std::io::Result<()> {
-    let mut temporary = tempfile::NamedTempFile::new_in(directory)?;
+    let mut temporary = tempfile::Builder::new().prefix(TEMPORARY).tempfile_in(directory)?;
     temporary.write_all(&Sha256::digest(code))?;
     temporary.write_all(code)?;
+    fault::fail("cache.written", &file.to_string_lossy())?;
     temporary.persist(file)?;
+    fault::point("cache.stored", &file.to_string_lossy());
     Ok(())
 }
 

@@ -18,6 +18,7 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use super::{Engine, Error, Module, read};
 use crate::config::limits;
+use crate::fault;
 
 /// A module file and what became of it.
 #[derive(Clone)]
@@ -45,6 +46,8 @@ struct Known {
     signature: Option<Signature>,
     /// Since when that content is there and does not stand: it is invalid, or missing.
     unsettled: Option<(Instant, String)>,
+    /// When to look at the same content again: it was not the file's fault.
+    again: Option<Instant>,
 }
 
 /// The watched folder.
@@ -113,7 +116,7 @@ impl Folder {
         };
         self.unreadable = false;
         for file in present.keys() {
-            let new = || Known { stands: None, signature: None, unsettled: None };
+            let new = || Known { stands: None, signature: None, unsettled: None, again: None };
             self.files.entry(file.clone()).or_insert_with(new);
         }
         let mut changed = false;
@@ -139,12 +142,18 @@ fn admit(engine: &Engine, store: &Path, file: &Path) -> Result<Module, Error> {
     let bytes = read(file)?;
     let module = engine.admit(&bytes)?;
     let stored = store.join(format!("{}.wasm", module.hash));
-    if !stored.exists() {
+    // One that is damaged is replaced.
+    if !std::fs::read(&stored).is_ok_and(|kept| kept == bytes) {
         // Appears whole or not at all.
         let keep = || {
             let mut copy = tempfile::NamedTempFile::new_in(store)?;
             copy.write_all(&bytes)?;
-            copy.persist(&stored).map_err(|error| error.error)
+            fault::fail("module.written", &stored.to_string_lossy())?;
+            // The catalogue names it soon, and survives a power cut.
+            copy.as_file().sync_all()?;
+            copy.persist(&stored).map_err(|error| error.error)?;
+            fault::point("module.stored", &stored.to_string_lossy());
+            Ok(())
         };
         keep().map_err(|error| Error::Store(stored.clone(), error))?;
     }
@@ -158,11 +167,18 @@ fn look_at(
     signature: Option<&Signature>,
     known: &mut Known,
 ) -> bool {
-    if known.signature.as_ref() != signature {
+    let again = known.again.take_if(|at| *at <= Instant::now()).is_some();
+    if known.signature.as_ref() != signature || again {
         known.signature = signature.cloned();
+        known.again = None;
         let result = match signature {
             None => Err("the file is gone".to_owned()),
-            Some(_) => admit(path).map_err(|error| error.to_string()),
+            Some(_) => admit(path).map_err(|error| {
+                if matches!(error, Error::Read(..) | Error::Store(..)) {
+                    known.again = Some(Instant::now() + limits::FOLDER_RESCAN);
+                }
+                error.to_string()
+            }),
         };
         match result {
             Ok(module) => {
@@ -170,6 +186,10 @@ fn look_at(
                 let same = matches!(&known.stands, Some(Ok(standing)) if standing.hash == module.hash);
                 known.stands = Some(Ok(module));
                 return !same;
+            }
+            // The same again.
+            Err(reason) if matches!(&known.stands, Some(Err(standing)) if *standing == reason) => {
+                known.unsettled = None
             }
             Err(reason) => {
                 let since = known.unsettled.take().map_or_else(Instant::now, |(since, _)| since);

@@ -9,12 +9,13 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::Error;
 use super::lifecycle::{Action, Building, Input, Live, ModuleId, State};
 use super::worker::{Command, Course, Job, Notice, Progress, Worker};
-use crate::config::Config;
+use crate::config::{Config, limits};
+use crate::fault;
 use crate::log::EventLog;
 use crate::manifest::{Manifest, ViewSchema};
 use crate::model::Checkpoint;
 use crate::plugin::{self, Engine, Module};
-use crate::view::{Catalogue, GenerationRecord, Order, ProjectionRecord, Role};
+use crate::view::{self, Catalogue, GenerationRecord, Order, ProjectionRecord, Role};
 
 /// What all projections of a runtime share.
 pub struct Shared {
@@ -374,10 +375,12 @@ impl Running {
         let mut inputs = VecDeque::from([input]);
         while let Some(input) = inputs.pop_front() {
             tracing::debug!(projection = self.name, ?input, "happened");
+            let before = self.state.clone();
             for action in self.state.next(input) {
                 tracing::debug!(projection = self.name, ?action, "doing");
                 let live = matches!(action, Action::StartLive(_));
                 let build = matches!(action, Action::CreateBuilding(_) | Action::Revive | Action::StartBuilding(_));
+                let promotion = action == Action::Promote;
                 match self.perform(action).await {
                     Ok(()) => {}
                     Err(error) if live => inputs.push_back(Input::LiveFaulted(error.to_string())),
@@ -385,6 +388,16 @@ impl Running {
                         tracing::error!(projection = self.name, %error, "cannot rebuild; the live generation goes on");
                         inputs.push_back(Input::BuildFaulted(error.to_string()));
                         // Nothing but the rest of this build comes after it.
+                        break;
+                    }
+                    Err(error) if promotion && self.live.is_some() => {
+                        tracing::error!(projection = self.name, %error, "cannot promote; the live generation goes on");
+                        if let Some(building) = &mut self.building {
+                            building.stop().await;
+                        }
+                        // The build has not passed, but failed at the last moment.
+                        self.state = before;
+                        inputs.push_back(Input::BuildFaulted(error.to_string()));
                         break;
                     }
                     Err(error) => {
@@ -402,6 +415,7 @@ impl Running {
     async fn give_up(&mut self, error: Error) {
         tracing::error!(projection = self.name, %error, "the projection is faulted");
         self.stop_all().await;
+        self.reload().await;
         self.state.live = match &self.live {
             Some(live) => Live::Faulted(live.id(), error.to_string()),
             // There is nothing to be faulted; the next look at the module begins anew.
@@ -414,43 +428,69 @@ impl Running {
             Some(building) => Building::Faulted(building.id(), error.to_string()),
             None => Building::None,
         };
-        self.state.back &= self.building.is_some();
+        // Only a generation that was live once has been promoted.
+        self.state.back = self.building.as_ref().is_some_and(|building| building.record.promoted.is_some());
+    }
+
+    /// After an error of the catalogue nobody knows what is in it, and what is there counts. If it cannot be read either,
+    /// everything stays as it was.
+    async fn reload(&mut self) {
+        let Ok(records) = self.shared.catalogue.projections().await else { return };
+        let record = records.into_iter().find(|record| record.name == self.name);
+        let mut slots: Vec<_> = [self.live.take(), self.building.take()].into_iter().flatten().collect();
+        let mut slot = |role| {
+            let stored = record.as_ref()?.role(role)?.clone();
+            Some(match slots.iter().position(|slot| slot.record.number == stored.number) {
+                // Readers follow its checkpoint.
+                Some(at) => Slot { record: stored, ..slots.remove(at) },
+                None => Slot::new(stored),
+            })
+        };
+        (self.live, self.building) = (slot(Role::Live), slot(Role::Building));
+        self.former = record.iter().flat_map(|record| record.former()).cloned().collect();
     }
 
     async fn perform(&mut self, action: Action) -> Result<(), Error> {
         match action {
             Action::CreateLive(id) => {
                 let module = self.module(&id).await?;
-                let record = self.shared.catalogue.create(Role::Live, &id.hash, &module.manifest).await?;
-                self.live = Some(Slot::new(record));
+                self.live = Some(self.create(Role::Live, &id.hash, &module).await?);
             }
             Action::StartLive(id) => {
                 self.follow(Role::Live, &id, Course::Log).await?;
                 tracing::info!(projection = self.name, module = short(&id.hash), "following the log");
             }
-            Action::StopLive => self.live.as_mut().expect("it runs").stop().await,
+            Action::StopLive => {
+                self.live.as_mut().expect("it runs").stop().await;
+                fault::point("swap.stopped", &self.name);
+            }
             Action::KeepModule(id) => {
                 let manifest = self.module(&id).await?.manifest;
                 let live = self.live.as_mut().expect("it runs");
                 live.record.module = id.hash;
                 live.record.manifest = manifest;
-                if let Err(error) = self.shared.catalogue.set_module(&live.record).await {
-                    // After a restart it has to prove itself once more, and that is all.
-                    tracing::warn!(projection = self.name, %error, "cannot note the new module");
+                fault::point("swap.proved", &self.name);
+                let mut patience = Patience::default();
+                while let Err(error) = self.shared.catalogue.set_module(&live.record).await {
+                    if let Err(error) = patience.wait(error).await {
+                        // After a restart it has to prove itself once more, and that is all.
+                        tracing::warn!(projection = self.name, %error, "cannot note the new module");
+                        break;
+                    }
                 }
+                fault::point("swap.done", &self.name);
             }
             Action::CreateBuilding(id) => {
                 let module = self.module(&id).await?;
-                let record = self.shared.catalogue.create(Role::Building, &id.hash, &module.manifest).await?;
-                tracing::info!(projection = self.name, generation = record.number, "rebuilding in the shadow");
-                self.building = Some(Slot::new(record));
+                let building = self.create(Role::Building, &id.hash, &module).await?;
+                tracing::info!(projection = self.name, generation = building.record.number, "rebuilding in the shadow");
+                self.building = Some(building);
             }
             Action::StartBuilding(id) => {
                 if self.building.is_none() {
                     // It could not be entered before.
                     let module = self.module(&id).await?;
-                    let record = self.shared.catalogue.create(Role::Building, &id.hash, &module.manifest).await?;
-                    self.building = Some(Slot::new(record));
+                    self.building = Some(self.create(Role::Building, &id.hash, &module).await?);
                 }
                 let live = self.live.as_ref().expect("there is a live one before one is built").record.file.clone();
                 self.follow(Role::Building, &id, Course::Generation(live)).await?;
@@ -502,27 +542,56 @@ impl Running {
     /// Readers see the old generation until the catalogue has committed, and the new one from then on.
     async fn promote(&mut self) -> Result<(), Error> {
         let number = self.building.as_ref().expect("it has passed").record.number;
-        let now = self.shared.catalogue.promote(&self.name, number).await?;
-        let mut promoted = self.building.take().expect("as above");
-        (promoted.record.role, promoted.record.promoted) = (Role::Live, Some(now));
-        let former = self.live.replace(promoted).expect("there was a live one");
+        let mut patience = Patience::default();
+        loop {
+            match self.shared.catalogue.promote(&self.name, number).await {
+                Ok(now) => {
+                    let mut promoted = self.building.take().expect("as above");
+                    (promoted.record.role, promoted.record.promoted) = (Role::Live, Some(now));
+                    let former = self.live.replace(promoted).expect("there was a live one");
+                    self.former.push(GenerationRecord { role: Role::Former, ..former.record });
+                    break;
+                }
+                Err(error) => {
+                    let Err(error) = patience.wait(error).await else { continue };
+                    self.reload().await;
+                    if self.live.as_ref().is_none_or(|live| live.record.number != number) {
+                        return Err(error.into());
+                    }
+                    // It has happened all the same.
+                    break;
+                }
+            }
+        }
         self.publish();
+        fault::point("promote.shown", &self.name);
         let live = self.live.as_ref().expect("just put there");
         live.worker.as_ref().expect("it has passed").tell(Command::Lead);
         tracing::info!(projection = self.name, generation = number, "promoted");
         self.refused = None;
-        self.former.push(GenerationRecord { role: Role::Former, ..former.record });
-        while self.former.len() > self.shared.config.keep_generations {
-            let oldest = self.former.remove(0);
-            self.remove(oldest.number).await;
+        while self.former.len() > self.shared.config.keep_generations && self.remove(self.former[0].number).await {
+            self.former.remove(0);
         }
         Ok(())
     }
 
-    /// Removes a generation that nobody needs. What is left of it after an error costs only space.
-    async fn remove(&self, number: u64) {
-        if let Err(error) = self.shared.catalogue.remove(&self.name, number).await {
+    /// Removes a generation that nobody needs. What is left of it after an error costs only space; answers whether there
+    /// was none.
+    async fn remove(&self, number: u64) -> bool {
+        let removed = self.shared.catalogue.remove(&self.name, number).await;
+        if let Err(error) = &removed {
             tracing::warn!(projection = self.name, generation = number, %error, "cannot remove a generation");
+        }
+        removed.is_ok()
+    }
+
+    async fn create(&self, role: Role, module: &str, of: &Module) -> Result<Slot, Error> {
+        let mut patience = Patience::default();
+        loop {
+            match self.shared.catalogue.create(role, module, &of.manifest).await {
+                Ok(record) => return Ok(Slot::new(record)),
+                Err(error) => patience.wait(error).await?,
+            }
         }
     }
 
@@ -560,8 +629,14 @@ impl Running {
         let path = self.shared.modules.join(format!("{hash}.wasm"));
         let engine = self.shared.engine.clone();
         let admit = move || plugin::read(&path).and_then(|bytes| engine.admit(&bytes));
-        let module = tokio::task::spawn_blocking(admit).await.map_err(|e| Error::Host(e.to_string()))?;
-        Ok(module?)
+        let module = tokio::task::spawn_blocking(admit).await.map_err(|e| Error::Host(e.to_string()))??;
+        if module.hash != hash {
+            let short = short(hash);
+            return Err(Error::Host(format!(
+                "the stored module {short} is damaged; drop its file into the folder again"
+            )));
+        }
+        Ok(module)
     }
 
     async fn stop_all(&mut self) {
@@ -608,6 +683,27 @@ impl Running {
                 },
             );
         }
+    }
+}
+
+/// What the catalogue or the disk refuses is done again as long as a worker would do it: a disk that is full for a moment
+/// must not stop a projection for good. Only for what may be done again after an error of unknown outcome.
+#[derive(Default)]
+struct Patience {
+    retries: u32,
+}
+
+impl Patience {
+    /// Waits for the next try; gives the error back if there is none left.
+    async fn wait(&mut self, error: view::Error) -> Result<(), view::Error> {
+        if self.retries == limits::RETRIES {
+            return Err(error);
+        }
+        let wait = limits::RETRY_FIRST * 2_u32.pow(self.retries);
+        tracing::warn!(%error, ?wait, "trying again");
+        self.retries += 1;
+        tokio::time::sleep(wait).await;
+        Ok(())
     }
 }
 

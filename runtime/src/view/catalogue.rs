@@ -11,6 +11,7 @@ use sqlx::{Row, SqliteConnection};
 
 use super::{Error, Generation};
 use crate::config::limits;
+use crate::fault;
 use crate::manifest::Manifest;
 use crate::model::Time;
 
@@ -109,6 +110,7 @@ impl Catalogue {
             return Err(Error::NoCatalogue { catalogue: file, views });
         }
         let catalogue = Catalogue::connect(data, SqliteConnectOptions::new().create_if_missing(true)).await?;
+        fault::point("catalogue.made", &file.to_string_lossy());
         sqlx::raw_sql(SCHEMA).execute(&catalogue.pool).await.map_err(|e| catalogue.failed(e))?;
         Ok(catalogue)
     }
@@ -191,15 +193,21 @@ impl Catalogue {
 
     /// Makes the file of a new generation and enters it. The file comes first: one without an entry is a stray, but an
     /// entry without a file could not be told from a view that somebody has removed.
+    ///
+    /// After an error it may be called again: whatever became of the first call, its generation is forgotten, and
+    /// another one made. There must be none in this role that counts.
     pub async fn create(&self, role: Role, module: &str, manifest: &Manifest) -> Result<GenerationRecord, Error> {
         let sql = "INSERT INTO numbers VALUES (?, 1) ON CONFLICT DO UPDATE SET last = last + 1 RETURNING last";
         let number = sqlx::query_scalar::<_, i64>(sql).bind(&manifest.projection).fetch_one(&self.pool).await;
         let number = number.map_err(|e| self.failed(e))?;
         let file = self.file(&manifest.projection, number as u64);
-        Generation::create(&file, manifest)?;
-        if role == Role::Building {
-            self.clear_building(&manifest.projection).await?;
-        }
+        self.fail("generation.numbered", &manifest.projection)?;
+        Generation::create(&file, manifest).inspect_err(|_| {
+            // Half a file is of no use to anybody. What cannot be removed now is a stray after the next start.
+            let _ = remove_database(&file);
+        })?;
+        self.fail("generation.made", &manifest.projection)?;
+        self.clear(&manifest.projection, role).await?;
         let promoted = (role == Role::Live).then(Time::now);
         sqlx::query("INSERT INTO generations VALUES (?, ?, ?, ?, ?, ?, ?)")
             .bind(&manifest.projection)
@@ -212,6 +220,7 @@ impl Catalogue {
             .execute(&self.pool)
             .await
             .map_err(|e| self.failed(e))?;
+        fault::point("generation.entered", &manifest.projection);
         Ok(GenerationRecord {
             projection: manifest.projection.clone(),
             number: number as u64,
@@ -223,9 +232,11 @@ impl Catalogue {
         })
     }
 
-    /// Makes the building generation live in one step, and the live one a former one.
+    /// Makes the building generation live in one step, and the live one a former one. May be done again after an error,
+    /// whether it has happened or not.
     pub async fn promote(&self, projection: &str, number: u64) -> Result<Time, Error> {
         let promote = async {
+            fault::fail("promote.begun", projection)?;
             let mut tx = self.pool.begin().await?;
             let connection: &mut SqliteConnection = &mut tx;
             let sql = "SELECT promoted_at FROM generations WHERE projection = ? AND promoted_at IS NOT NULL";
@@ -248,22 +259,32 @@ impl Catalogue {
             if done.rows_affected() != 1 {
                 return Err(sqlx::Error::RowNotFound);
             }
-            tx.commit().await.map(|()| now)
+            fault::fail("promote.flipped", projection)?;
+            tx.commit().await?;
+            fault::fail("promote.done", projection)?;
+            Ok(now)
         };
         promote.await.map_err(|e| self.failed(e))
     }
 
-    /// A build that could not be removed when it was given up would be in the way of the next one; its file is a stray
-    /// from now on. A former generation on its way back is never given up so.
-    async fn clear_building(&self, projection: &str) -> Result<(), Error> {
-        let sql = "DELETE FROM generations WHERE projection = ? AND role = 'building'";
-        sqlx::query(sql).bind(projection).execute(&self.pool).await.map(drop).map_err(|e| self.failed(e))
+    /// A build that could not be removed when it was given up would be in the way of the next one, and so would a
+    /// generation whose entry was committed by a call that only heard of an error; their files are strays from now on.
+    /// A former generation on its way back is never given up so.
+    async fn clear(&self, projection: &str, role: Role) -> Result<(), Error> {
+        let sql = "DELETE FROM generations WHERE projection = ? AND role = ?";
+        sqlx::query(sql)
+            .bind(projection)
+            .bind(role.name())
+            .execute(&self.pool)
+            .await
+            .map(drop)
+            .map_err(|e| self.failed(e))
     }
 
     /// Makes a former generation the building one, or that a former one again.
     pub async fn set_role(&self, record: &GenerationRecord, role: Role) -> Result<(), Error> {
         if role == Role::Building {
-            self.clear_building(&record.projection).await?;
+            self.clear(&record.projection, role).await?;
         }
         sqlx::query("UPDATE generations SET role = ? WHERE projection = ? AND number = ?")
             .bind(role.name())
@@ -286,6 +307,7 @@ impl Catalogue {
 
     /// Notes that another module builds this generation from now on.
     pub async fn set_module(&self, record: &GenerationRecord) -> Result<(), Error> {
+        self.fail("swap.noted", &record.projection)?;
         sqlx::query("UPDATE generations SET module = ?, manifest = ? WHERE projection = ? AND number = ?")
             .bind(&record.module)
             .bind(&record.manifest.json)
@@ -299,22 +321,32 @@ impl Catalogue {
 
     /// Forgets a generation and removes its file. Nobody may write to it any more; readers that have it open finish.
     pub async fn remove(&self, projection: &str, number: u64) -> Result<(), Error> {
-        sqlx::query("DELETE FROM generations WHERE projection = ? AND number = ?")
+        self.fail("remove.begun", projection)?;
+        // Never the one that readers see, whatever whoever calls this thinks of it.
+        sqlx::query("DELETE FROM generations WHERE projection = ? AND number = ? AND role <> 'live'")
             .bind(projection)
             .bind(number as i64)
             .execute(&self.pool)
             .await
             .map_err(|e| self.failed(e))?;
+        let sql = "SELECT count(*) > 0 FROM generations WHERE projection = ? AND number = ?";
+        let live = sqlx::query_scalar(sql).bind(projection).bind(number as i64).fetch_one(&self.pool).await;
+        if live.map_err(|e| self.failed(e))? {
+            return Err(self.failed(sqlx::Error::Protocol(format!("generation {number} is live"))));
+        }
+        self.fail("remove.forgotten", projection)?;
         remove_database(&self.file(projection, number))
     }
 
-    /// Removes files of generations that the catalogue does not know: what a crash in the middle of `remove` left.
+    /// Removes files of generations that the catalogue does not know: what a crash in the middle of `create` or `remove`
+    /// left, be it only the journal of a database that is gone.
     pub async fn remove_strays(&self) -> Result<(), Error> {
         let known: Vec<PathBuf> =
             self.projections().await?.into_iter().flat_map(|p| p.generations).map(|g| g.file).collect();
         for file in entries(&self.data.join("views")).flat_map(|projection| entries(&projection)) {
-            if is_database(&file) && !known.contains(&file) {
-                remove_database(&file)?;
+            if let Some(database) = database(&file).filter(|database| !known.contains(database)) {
+                fault::point("start.stray", &file.to_string_lossy());
+                remove_database(&database)?;
             }
         }
         Ok(())
@@ -323,6 +355,10 @@ impl Catalogue {
     /// Closes the database, so that the file alone is all of it.
     pub async fn close(&self) {
         self.pool.close().await;
+    }
+
+    fn fail(&self, point: &'static str, projection: &str) -> Result<(), Error> {
+        fault::fail(point, projection).map_err(|error| self.failed(error.into()))
     }
 
     fn failed(&self, error: sqlx::Error) -> Error {
@@ -341,10 +377,24 @@ fn is_database(file: &Path) -> bool {
     file.extension().is_some_and(|extension| extension == "sqlite")
 }
 
+/// What SQLite has beside a database while it is open, and after a crash.
+const BESIDE: [&str; 3] = ["-wal", "-shm", "-journal"];
+
+/// The database that a file is, or is a part of.
+fn database(file: &Path) -> Option<PathBuf> {
+    let path = file.to_str()?;
+    let path = BESIDE.iter().find_map(|suffix| path.strip_suffix(suffix)).unwrap_or(path);
+    Some(PathBuf::from(path)).filter(|path| is_database(path))
+}
+
+/// The database first: without the files beside it, it would pass for an older state of itself.
 fn remove_database(file: &Path) -> Result<(), Error> {
-    for suffix in ["", "-wal", "-shm"] {
+    for suffix in [""].into_iter().chain(BESIDE) {
         let mut path = file.as_os_str().to_owned();
         path.push(suffix);
+        if suffix == BESIDE[0] {
+            fault::point("remove.unlinked", &file.to_string_lossy());
+        }
         match std::fs::remove_file(&path) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                 return Err(Error::File { path: path.into(), error });

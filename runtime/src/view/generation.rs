@@ -14,6 +14,7 @@ use super::Error;
 use super::changes::{Changes, table};
 use super::row::Table;
 use crate::config::limits;
+use crate::fault;
 use crate::manifest::{Manifest, hex};
 use crate::model::{Checkpoint, Position, Time};
 
@@ -84,6 +85,7 @@ impl Generation {
                 tx.execute_batch(&statement)?;
             }
             tx.execute("INSERT INTO _shadowbox_generation VALUES (0, '', ?)", [&manifest.json])?;
+            fail("generation.filled", &tx)?;
             tx.commit()
         };
         create().map_err(|error| Error::Sqlite { path: path.to_owned(), error })
@@ -98,6 +100,7 @@ impl Generation {
         let sql = "UPDATE _shadowbox_generation SET fence = fence + 1 RETURNING manifest, fence";
         let (stored, fence): (String, i64) =
             connection.query_row(sql, [], |r| Ok((r.get(0)?, r.get(1)?))).map_err(failed)?;
+        fail("generation.fenced", &connection).map_err(failed)?;
         let mismatch = |reason: String| Error::Mismatch { path: path.to_owned(), reason };
         let stored = Manifest::parse(&stored).map_err(|e| mismatch(e.to_string()))?;
         if stored.views != manifest.views {
@@ -162,6 +165,7 @@ impl Generation {
         if fence != self.fence || found != checkpoint(&self.marks) {
             return Ok(Some(found));
         }
+        fail("commit.begun", &tx)?;
         for (view, table) in self.tables.iter().enumerate() {
             let mut upsert = tx.prepare_cached(&table.upsert)?;
             let mut delete = tx.prepare_cached(&table.delete)?;
@@ -179,6 +183,7 @@ impl Generation {
                 }
             }
         }
+        fail("commit.rows", &tx)?;
         let mut upsert = tx.prepare_cached(
             "INSERT INTO _shadowbox_checkpoint VALUES (?, ?, ?, ?, ?) ON CONFLICT (source) DO UPDATE SET
              position = excluded.position, time = excluded.time, fingerprint = excluded.fingerprint, log = excluded.log",
@@ -200,7 +205,9 @@ impl Generation {
         }
         tx.prepare_cached("UPDATE _shadowbox_generation SET module = ?1 WHERE module <> ?1")?
             .execute([&commit.module])?;
+        fail("commit.checkpoint", &tx)?;
         tx.commit()?;
+        fail("commit.done", &self.connection)?;
         Ok(None)
     }
 
@@ -284,6 +291,7 @@ impl Committer {
             }
             // So that the file alone is the whole view, for whoever copies it. Readers may be in the way.
             let _ = generation.connection.execute_batch("PRAGMA wal_checkpoint(TRUNCATE)");
+            fault::point("commit.tidied", generation.connection.path().unwrap_or_default());
         };
         let thread =
             std::thread::Builder::new().name("commit".into()).spawn(commit_all).expect("a thread can be started");
@@ -331,6 +339,13 @@ impl Drop for Committer {
             let _ = thread.join();
         }
     }
+}
+
+fn fail(point: &'static str, connection: &Connection) -> rusqlite::Result<()> {
+    fault::fail(point, connection.path().unwrap_or_default()).map_err(|error| {
+        let code = rusqlite::ffi::Error::new(rusqlite::ffi::SQLITE_FULL);
+        rusqlite::Error::SqliteFailure(code, Some(error.to_string()))
+    })
 }
 
 fn identity(path: &Path) -> Option<(u64, u64)> {
