@@ -285,7 +285,9 @@ impl Torturer<'_> {
             assert!(covers(&position, &acknowledged.collect()), "{position:?}");
             // The order across sources is no function of positions, but a rebuild must know it.
             self.world.ok(&["rebuild", projection, "--wait"]);
-            assert_eq!(self.world.get(&format!("/views/{view}")).json(), answer.json(), "{view} rebuilt");
+            let rebuilt = self.world.get(&format!("/views/{view}"));
+            assert_eq!(check_answer(view, &rebuilt, &mut Fold::default()), position, "{view} rebuilt");
+            assert_eq!(without_code(&rebuilt), without_code(&answer), "{view} rebuilt");
             for source in sources {
                 check_log(&self.world, source, position[*source]);
             }
@@ -297,6 +299,13 @@ impl Torturer<'_> {
         assert!(strays.is_empty(), "{strays:?} were left behind");
         (self.kills, generation)
     }
+}
+
+/// Which code touched a row last is no matter of the log: a hot swap leaves what is there as it is.
+fn without_code(answer: &support::Answer) -> Value {
+    let mut rows = answer.json();
+    rows.as_array_mut().unwrap().iter_mut().for_each(|row| drop(row.as_object_mut().unwrap().remove("code")));
+    rows
 }
 
 /// Every event is there once, in order, up to the head.
