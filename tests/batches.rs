@@ -5,7 +5,7 @@ use std::path::Path;
 
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
-use shadowbox::config::{Written, WrittenBatch};
+use shadowbox::config::{Policy, Written, WrittenBatch, WrittenFailures};
 use shadowbox::log::cloudevents;
 use shadowbox::model::{Checkpoint, NewEvent};
 use shadowbox::supervisor::{LiveView, Runtime};
@@ -19,7 +19,7 @@ enum Step {
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Limits {
+pub(crate) struct Limits {
     events: usize,
     bytes: usize,
     commit_rows: usize,
@@ -31,7 +31,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     proptest::collection::vec(prop_oneof![3 => events.prop_map(Step::Append), 1 => Just(Step::Restart)], 1..8)
 }
 
-fn limits() -> impl Strategy<Value = Limits> {
+pub(crate) fn limits() -> impl Strategy<Value = Limits> {
     (1..9_usize, prop_oneof![Just(1_usize), Just(600), Just(1 << 20)], 1..7_usize, prop_oneof![Just(0_u64), Just(1000)])
         .prop_map(|(events, bytes, commit_rows, commit_interval_ms)| Limits {
             events,
@@ -42,7 +42,7 @@ fn limits() -> impl Strategy<Value = Limits> {
 }
 
 /// account -> amount, events, digest; in the order given.
-type Rows = BTreeMap<String, (i64, i64, i64)>;
+pub(crate) type Rows = BTreeMap<String, (i64, i64, i64)>;
 
 fn fold<'a>(events: impl Iterator<Item = (&'a NewEvent, u64)>) -> Rows {
     let mut rows = Rows::new();
@@ -61,14 +61,14 @@ fn fold<'a>(events: impl Iterator<Item = (&'a NewEvent, u64)>) -> Rows {
     rows
 }
 
-fn stored(view: &LiveView) -> Rows {
+pub(crate) fn stored(view: &LiveView) -> Rows {
     let connection = rusqlite::Connection::open(&view.file).unwrap();
     let mut statement = connection.prepare("SELECT account, amount, events, digest FROM ledger").unwrap();
     let rows = statement.query_map([], |r| Ok((r.get(0)?, (r.get(1)?, r.get(2)?, r.get(3)?)))).unwrap();
     rows.map(Result::unwrap).collect()
 }
 
-async fn start(directory: &Path, limits: Limits) -> Runtime {
+pub(crate) async fn start(directory: &Path, limits: Limits, policy: Policy) -> Runtime {
     let batch = WrittenBatch {
         events: Some(limits.events),
         bytes: Some(limits.bytes),
@@ -76,7 +76,9 @@ async fn start(directory: &Path, limits: Limits) -> Runtime {
         commit_interval_ms: Some(limits.commit_interval_ms),
         ..WrittenBatch::default()
     };
+    let failures = WrittenFailures { policy: Some(policy), ..WrittenFailures::default() };
     let written = Written {
+        failures,
         data: Some(directory.join("data")),
         plugins: Some(directory.join("plugins")),
         batch,
@@ -85,7 +87,7 @@ async fn start(directory: &Path, limits: Limits) -> Runtime {
     Runtime::start(written.validate().unwrap()).await.unwrap()
 }
 
-async fn wait(runtime: &Runtime, generation: u64, position: &Checkpoint) -> LiveView {
+pub(crate) async fn wait(runtime: &Runtime, generation: u64, position: &Checkpoint) -> LiveView {
     let deadline = tokio::time::Instant::now() + DEADLINE;
     loop {
         // A view appears, and changes its generation, without a signal; positions have one.
@@ -100,7 +102,7 @@ async fn wait(runtime: &Runtime, generation: u64, position: &Checkpoint) -> Live
     }
 }
 
-fn new_world() -> tempfile::TempDir {
+pub(crate) fn new_world() -> tempfile::TempDir {
     let directory = tempfile::tempdir().unwrap();
     std::fs::create_dir_all(directory.path().join("plugins")).unwrap();
     std::fs::create_dir_all(directory.path().join("data")).unwrap();
@@ -149,14 +151,14 @@ impl Producer {
 async fn follow(steps: &[Step], limits: Limits) {
     let world = new_world();
     let mut producer = Producer::default();
-    let mut runtime = start(world.path(), limits).await;
+    let mut runtime = start(world.path(), limits, Policy::Pause).await;
     for step in steps {
         match step {
             Step::Append(moves) => drop(runtime.log().append(&producer.produce(moves)).unwrap()),
             Step::Restart => {
                 runtime.shutdown().await;
                 drop(runtime);
-                runtime = start(world.path(), limits).await;
+                runtime = start(world.path(), limits, Policy::Pause).await;
             }
         }
     }
@@ -183,7 +185,7 @@ async fn catch_up(moves: &[(bool, u8, i64)], limits: Limits) {
     let mut producer = Producer::default();
     let events = producer.produce(moves);
     shadowbox::log::EventLog::open(&world.path().join("data")).unwrap().append(&events).unwrap();
-    let runtime = start(world.path(), limits).await;
+    let runtime = start(world.path(), limits, Policy::Pause).await;
     let view = wait(&runtime, 1, &producer.position()).await;
     let mut ordered: Vec<_> = producer.all.iter().collect();
     ordered.sort_by_key(|(event, position)| (event.time, event.source.clone(), *position));
@@ -191,7 +193,7 @@ async fn catch_up(moves: &[(bool, u8, i64)], limits: Limits) {
     runtime.shutdown().await;
 }
 
-fn runner(name: &'static str) -> TestRunner {
+pub(crate) fn runner(name: &'static str) -> TestRunner {
     let cases = std::env::var("PROPTEST_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(24);
     // Failing seeds are kept beside this file.
     TestRunner::new(Config { cases, source_file: Some(name), ..Config::default() })

@@ -15,9 +15,22 @@ fn text(bytes: &[u8]) -> String {
 fn help_reads_like_a_manual_and_wrong_usage_is_exit_code_2() {
     let world = World::new();
     let help = world.ok(&["--help"]);
-    for command in
-        ["run", "append", "events", "status", "query", "rebuild", "verify", "plan", "rollback", "plugin", "demo"]
-    {
+    for command in [
+        "run",
+        "append",
+        "events",
+        "status",
+        "query",
+        "rebuild",
+        "verify",
+        "plan",
+        "rollback",
+        "resume",
+        "policy",
+        "dead-letters",
+        "plugin",
+        "demo",
+    ] {
         assert!(help.contains(&format!("\n  {command} ")), "{command}\n{help}");
     }
     assert!(help.contains("Examples:") && help.contains("Exit codes:"));

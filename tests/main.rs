@@ -3,6 +3,7 @@
 mod batches;
 mod command_line;
 mod demo;
+mod failures;
 mod faults;
 mod flights;
 mod folder;

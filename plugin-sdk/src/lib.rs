@@ -103,6 +103,7 @@ mod glob;
 mod key;
 mod manifest;
 mod projection;
+#[cfg(not(target_arch = "wasm32"))]
 mod testkit;
 mod timestamp;
 mod views;
@@ -112,6 +113,7 @@ pub use column::{Json, TextEnum};
 pub use error::{Error, Result};
 pub use event::{Event, Events};
 pub use projection::Projection;
+#[cfg(not(target_arch = "wasm32"))]
 pub use testkit::{TestEvent, TestKit};
 pub use timestamp::Timestamp;
 pub use view::View;
@@ -248,9 +250,11 @@ pub use shadowbox_plugin_macros::projection;
 /// All that a plugin names: `use shadowbox_plugin::prelude::*;`
 pub mod prelude {
     pub use crate::{
-        Error, Event, Events, Json, Projection as _, Result, TestEvent, TestKit, TextEnum, Timestamp, View, Views,
-        bail, ensure, json, projection,
+        Error, Event, Events, Json, Projection as _, Result, TextEnum, Timestamp, View, Views, bail, ensure, json,
+        projection,
     };
+    #[cfg(not(target_arch = "wasm32"))]
+    pub use crate::{TestEvent, TestKit};
 }
 
 /// What the macros' output names. Not for people, and free to change.

@@ -6,9 +6,9 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::rc::Rc;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize as _, Serialize};
 use serde_bytes::Bytes;
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use crate::cache::Limits;
 use crate::column::value::{read_bin, write_bin, written};
@@ -61,6 +61,10 @@ pub struct TestKit<P: Projection> {
     heads: BTreeMap<String, u64>,
     /// What has been applied, for the replay.
     applied: Vec<Delivered>,
+    /// The rows before that.
+    start: Vec<BTreeMap<Vec<u8>, Vec<u8>>>,
+    /// What was loaded and is still to be given.
+    saved: Vec<TestEvent>,
     changes: u64,
 }
 
@@ -71,13 +75,16 @@ impl<P: Projection> TestKit<P> {
         let _ = projection;
         let definition = P::definition();
         let limits = Limits::for_views(definition.views.len());
+        let start = vec![BTreeMap::new(); definition.views.len()];
         Self {
-            store: Rc::new(Memory::new(definition.views.len())),
+            store: Rc::new(Memory::new(start.clone())),
             definition,
             instance: None,
             limits,
             heads: BTreeMap::new(),
             applied: Vec::new(),
+            start,
+            saved: Vec::new(),
             changes: 0,
         }
     }
@@ -115,9 +122,16 @@ impl<P: Projection> TestKit<P> {
     #[must_use]
     #[track_caller]
     pub fn given_failing(mut self, source: &str, event_type: &str, data: impl Serialize, message: &str) -> Self {
-        match self.try_given([TestEvent::new(source, event_type, data)]) {
-            Ok(()) => panic!("the projection applied `{event_type}`, and should have failed with `{message}`"),
-            Err(error) if error.to_string().contains(message) => self,
+        let what = format!("`{event_type}`");
+        self.expect_failure([TestEvent::new(source, event_type, data)], &what, message);
+        self
+    }
+
+    #[track_caller]
+    fn expect_failure(&mut self, events: impl IntoIterator<Item = TestEvent>, what: &str, message: &str) {
+        match self.try_given(events) {
+            Ok(()) => panic!("the projection applied {what}, and should have failed with `{message}`"),
+            Err(error) if error.to_string().contains(message) => {}
             Err(error) => panic!("the projection failed with `{error}`, and should have failed with `{message}`"),
         }
     }
@@ -132,8 +146,8 @@ impl<P: Projection> TestKit<P> {
         let mut delivered = Vec::new();
         for event in events {
             let head = heads.entry(event.source.clone()).or_default();
-            let position = *head;
-            *head += 1;
+            let position = event.position.unwrap_or(*head);
+            *head = position + 1;
             if variant_for(self.definition.subscriptions, &event.source, &event.event_type).is_some() {
                 delivered.push(event.deliver(position, self.applied.len() + delivered.len()));
             }
@@ -200,7 +214,7 @@ impl<P: Projection> TestKit<P> {
             ("one by one", 1, false),
             ("one by one, with a new instance for each event", 1, true),
         ] {
-            let store = Rc::new(Memory::new(self.definition.views.len()));
+            let store = Rc::new(Memory::new(self.start.clone()));
             let mut instance: Instance<P> = self.fresh_instance(&store);
             for batch in self.applied.chunks(batch) {
                 if forget {
@@ -272,6 +286,8 @@ pub struct TestEvent {
     id: Option<String>,
     stream: String,
     version: u64,
+    /// None for the next one.
+    position: Option<u64>,
     time: Option<Timestamp>,
     metadata: String,
     payload: Vec<u8>,
@@ -293,41 +309,21 @@ impl TestEvent {
             id: None,
             stream: String::new(),
             version: 0,
+            position: None,
             time: None,
             metadata: String::new(),
             payload: serde_json::to_vec(&data).expect("the payload can be turned into JSON"),
         }
     }
 
-    /// Reads a CloudEvent 1.0 in its JSON form: `subject` is the stream, `sequence` the version in it.
+    /// Reads a CloudEvent 1.0 in its JSON form, as `shadowbox events` prints it: `subject` is the stream, `sequence` the
+    /// version in it, `position` the position. The payload stays as it is written.
     ///
     /// # Errors
     ///
     /// If it is not a JSON object with a source, a type and an id.
     pub fn from_cloud_event(json: &str) -> Result<Self> {
-        #[derive(Deserialize)]
-        struct CloudEvent {
-            id: String,
-            source: String,
-            r#type: String,
-            subject: Option<String>,
-            sequence: Option<u64>,
-            time: Option<Timestamp>,
-            #[serde(default)]
-            data: Value,
-            #[serde(flatten)]
-            rest: Map<String, Value>,
-        }
-        let mut event: CloudEvent = serde_json::from_str(json)?;
-        event.rest.remove("specversion");
-        let mut read = Self::new(&event.source, &event.r#type, event.data).id(&event.id);
-        read.stream = event.subject.unwrap_or_default();
-        read.version = event.sequence.unwrap_or_default();
-        read.time = event.time;
-        if !event.rest.is_empty() {
-            read.metadata = Value::Object(event.rest).to_string();
-        }
-        Ok(read)
+        saved::read_event(json)
     }
 
     /// Sets the id.
@@ -402,8 +398,8 @@ struct Memory {
 }
 
 impl Memory {
-    fn new(views: usize) -> Self {
-        Self { rows: RefCell::new(vec![BTreeMap::new(); views]), lookups: Cell::new(0) }
+    fn new(rows: Vec<BTreeMap<Vec<u8>, Vec<u8>>>) -> Self {
+        Self { rows: RefCell::new(rows), lookups: Cell::new(0) }
     }
 
     /// Writes the changes of a batch, and returns how many there were. A malformed answer is an error of this crate.
@@ -564,6 +560,7 @@ fn printed(mut values: &[u8]) -> String {
     text + ")"
 }
 
-// Not for wasm32, where a crate can have one projection only.
-#[cfg(all(test, not(target_arch = "wasm32")))]
+mod saved;
+
+#[cfg(test)]
 mod properties;

@@ -1,11 +1,14 @@
 //! Configuration in two stages: [`Written`] is what a person wrote (file and flags), [`Config`] is what the program
 //! uses, complete and validated. Every default and every limit of Shadowbox is in this file, with its reason.
 
+use std::collections::BTreeMap;
+use std::fmt;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::time::Duration;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 /// Limits that nobody has needed to change yet. They bound what a plugin, a producer or a reader can cost.
 pub mod limits {
@@ -83,10 +86,17 @@ pub mod limits {
     /// Bytes of events in one transaction of an append.
     pub const APPEND_BYTES: usize = 16 << 20;
     /// How many times a projection starts again from its last commit after an error of the host's (a busy or full
-    /// disk, say) without having made progress. With [`RETRY_FIRST`] doubling each time: 6 seconds in all.
+    /// disk, say) without having made progress; then it is faulted until somebody resumes it. With [`RETRY_FIRST`]
+    /// doubling each time: 3 to 6 seconds in all, beside [`DATABASE_BUSY`] for each try that meets a lock.
     pub const RETRIES: u32 = 6;
-    /// The wait before the first retry.
+    /// The wait before the first retry, at most. Each wait is between half of its length and all of it, so that
+    /// projections that failed together do not all come back at the same moment.
     pub const RETRY_FIRST: Duration = Duration::from_millis(100);
+    /// A message, a backtrace or captured output in the report of a failed event, bytes; the rest is cut off. It is
+    /// stored with the dead letter, and a full park has thousands.
+    pub const REPORT_TEXT_BYTES: usize = 16 << 10;
+    /// Dead letters in one answer.
+    pub const DEAD_LETTERS_LISTED: u64 = 1_000;
     /// Databases that SQLite attaches to one connection, and so live projections in one SQL query.
     pub const ATTACHED: usize = 10;
     /// Readers' connections to one view file.
@@ -130,6 +140,74 @@ pub struct Config {
     pub sandbox: SandboxLimits,
     /// What a reader may ask for.
     pub http: HttpLimits,
+    /// What becomes of events that cannot be applied.
+    pub failures: Failures,
+    /// What is different for single projections, by name.
+    pub projections: BTreeMap<String, ProjectionConfig>,
+}
+
+impl Config {
+    /// What the configuration says about the bad events of a projection.
+    pub fn policy(&self, projection: &str) -> Policy {
+        self.projections.get(projection).and_then(|p| p.policy).unwrap_or(self.failures.policy)
+    }
+}
+
+/// What a projection does about an event that its module cannot apply.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Policy {
+    /// It stops there. Nothing is set aside without somebody having said so.
+    #[default]
+    Pause,
+    /// The event and all later ones of its stream become dead letters; other streams go on.
+    Park,
+    /// The event becomes a dead letter; everything else goes on, its own stream included.
+    Skip,
+}
+
+impl Policy {
+    /// As it is written.
+    pub fn name(self) -> &'static str {
+        match self {
+            Policy::Pause => "pause",
+            Policy::Park => "park",
+            Policy::Skip => "skip",
+        }
+    }
+}
+
+impl fmt::Display for Policy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Policy {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Policy, String> {
+        let known = [Policy::Pause, Policy::Park, Policy::Skip].into_iter().find(|p| p.name() == text);
+        known.ok_or_else(|| format!("{text:?} is not a policy; use pause, park or skip"))
+    }
+}
+
+/// What becomes of events that cannot be applied.
+#[derive(Clone, Copy, Debug)]
+pub struct Failures {
+    /// For all projections that say nothing else.
+    pub policy: Policy,
+    /// Dead letters of one generation, parked and skipped; one more, and the projection stops. Some events are bad;
+    /// if thousands are, it is the module, and somebody should look.
+    pub max_dead_letters: u64,
+}
+
+/// What is different for one projection.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ProjectionConfig {
+    /// Instead of [`Failures::policy`].
+    pub policy: Option<Policy>,
 }
 
 /// How events are batched and committed.
@@ -188,6 +266,10 @@ pub struct Written {
     pub sandbox: WrittenSandbox,
     #[serde(default)]
     pub http: WrittenHttp,
+    #[serde(default)]
+    pub failures: WrittenFailures,
+    #[serde(default)]
+    pub projections: BTreeMap<String, ProjectionConfig>,
 }
 
 /// `[batch]`
@@ -222,6 +304,15 @@ pub struct WrittenHttp {
     pub max_body_mb: Option<usize>,
 }
 
+/// `[failures]`
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "each field is described in Failures")]
+pub struct WrittenFailures {
+    pub policy: Option<Policy>,
+    pub max_dead_letters: Option<u64>,
+}
+
 /// Why a configuration is refused.
 #[derive(Debug, thiserror::Error)]
 #[expect(missing_docs, reason = "the messages say it")]
@@ -249,7 +340,7 @@ impl Written {
             value: format!("{listen:?}"),
             allowed: "an address and a port like 127.0.0.1:7070".into(),
         })?;
-        let (b, s, h) = (self.batch, self.sandbox, self.http);
+        let (b, s, h, f) = (self.batch, self.sandbox, self.http, self.failures);
         Ok(Config {
             data: self.data.unwrap_or_else(|| "shadowbox-data".into()),
             plugins: self.plugins.unwrap_or_else(|| "plugins".into()),
@@ -277,6 +368,11 @@ impl Written {
                 max_wait: ms(within("http.max_wait_ms", h.max_wait_ms, 60_000, 0, 600_000)?),
                 max_body: within("http.max_body_mb", h.max_body_mb, 16, 1, 1024)? << 20,
             },
+            failures: Failures {
+                policy: f.policy.unwrap_or_default(),
+                max_dead_letters: within("failures.max_dead_letters", f.max_dead_letters, 10_000, 1, 1_000_000)?,
+            },
+            projections: self.projections,
         })
     }
 }
@@ -314,10 +410,17 @@ mod tests {
     fn an_empty_file_is_the_defaults_and_bad_values_are_named() {
         assert_eq!(check("").unwrap().listen.to_string(), "127.0.0.1:7070");
         assert_eq!(check("[sandbox]\nmemory_mb = 64").unwrap().sandbox.memory, 64 << 20);
+        let parking = check("[failures]\npolicy = \"skip\"\n[projections.orders]\npolicy = \"park\"").unwrap();
+        assert_eq!((parking.policy("orders"), parking.policy("flights")), (Policy::Park, Policy::Skip));
         for (toml, expected) in [
             ("plugin = \"x\"", "unknown field `plugin`"),
             ("[batch]\nevent = 1", "unknown field `event`"),
             ("listen = \"localhost\"", "listen = \"localhost\" is not valid; use an address"),
+            (
+                "[projections.orders]\npolicy = \"stop\"",
+                "unknown variant `stop`, expected one of `pause`, `park`, `skip`",
+            ),
+            ("[failures]\nmax_dead_letters = 0", "failures.max_dead_letters = 0 is not valid; use a number from 1"),
             ("[sandbox]\nmemory_mb = 1", "sandbox.memory_mb = 1 is not valid; use a number from 2 to 4096"),
         ] {
             let error = check(toml).unwrap_err();

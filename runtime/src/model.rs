@@ -101,6 +101,12 @@ impl Serialize for Time {
     }
 }
 
+impl<'de> Deserialize<'de> for Time {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
 /// For each source, the position up to which (inclusive) a view is complete. A source without an entry has had
 /// nothing applied yet.
 ///
@@ -206,6 +212,58 @@ pub struct Event {
     pub position: Position,
     /// All the rest.
     pub event: NewEvent,
+}
+
+impl Event {
+    /// What names it.
+    pub fn name(&self) -> EventName {
+        let NewEvent { source, id, stream, event_type, time, .. } = self.event.clone();
+        EventName { source, position: self.position, stream, event_type, id, time }
+    }
+}
+
+/// What names an event in reports and dead letters; its content stays in the log.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EventName {
+    /// The service that it comes from.
+    pub source: String,
+    /// Where it stands in its source.
+    pub position: Position,
+    /// The stream it belongs to; empty for none.
+    pub stream: String,
+    /// The event type.
+    #[serde(rename = "type")]
+    pub event_type: String,
+    /// Unique in its source.
+    pub id: String,
+    /// When it happened.
+    pub time: Time,
+}
+
+/// Why a module could not apply an event.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cause {
+    /// SHA-256 of the module.
+    pub module_hash: String,
+    /// What the plugin said, or how it failed.
+    pub message: String,
+    /// Where in the plugin, if it trapped: its functions, the innermost first.
+    pub backtrace: Option<String>,
+    /// What it had printed in that call.
+    pub output: Option<String>,
+}
+
+/// Everything that is to know of an event that could not be applied.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FailureReport {
+    /// The projection.
+    pub projection: String,
+    /// The event.
+    #[serde(flatten)]
+    pub event: EventName,
+    /// Why.
+    #[serde(flatten)]
+    pub cause: Cause,
 }
 
 /// Values of varying length, back to back: one buffer of bytes and one of end offsets. An absent column has no ends.
@@ -400,6 +458,15 @@ impl Columns {
         }
     }
 
+    /// Keeps the events whose index is answered with true. Copies those that are kept.
+    pub fn retain(&mut self, mut keep: impl FnMut(usize) -> bool) {
+        let mut kept = Columns::new(self.set);
+        for i in (0..self.len()).filter(|&i| keep(i)) {
+            kept.push(self.source(i), self.event_type(i), self.get(i));
+        }
+        *self = kept;
+    }
+
     /// The position of event `i`.
     pub fn position(&self, i: usize) -> Position {
         Position(u64_at(&self.positions, i))
@@ -431,15 +498,6 @@ impl Columns {
             metadata: self.metadata.get(i),
             payload: self.payloads.get(i),
         }
-    }
-
-    /// The events of which `takes` says so by their source and position, in the same order.
-    pub fn select(&self, takes: impl Fn(u16, Position) -> bool) -> Columns {
-        let mut selected = Columns::new(self.set);
-        for i in (0..self.len()).filter(|&i| takes(self.source(i), self.position(i))) {
-            selected.push(self.source(i), self.event_type(i), self.get(i));
-        }
-        selected
     }
 
     /// The batch as a plugin gets it: one MessagePack map with those optional columns that are in `wanted`.

@@ -12,16 +12,16 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::config::{Config, limits};
+use crate::config::{Config, Policy, limits};
 use crate::fault;
 use crate::log::{self, EventLog, Heads};
-use crate::model::{Checkpoint, Position};
+use crate::model::{Checkpoint, FailureReport, Position};
 use crate::plugin::{self, Engine, Folder, Found, Module};
 use crate::projection::lifecycle::{Building, Live};
 use crate::projection::{Activity, Manager, Shared, Snapshot, SnapshotGeneration, Stalls};
-use crate::view::{self, Catalogue, Scratch};
+use crate::view::{self, Catalogue, GenerationRecord, LetterCounts, Scratch, Selector};
 
-pub use crate::projection::LiveView;
+pub use crate::projection::{LiveView, Outcome, Refusal, Replay, Treatment, replay};
 
 /// What can go wrong when a runtime starts or is asked for something.
 #[derive(Debug, thiserror::Error)]
@@ -122,6 +122,10 @@ pub struct GenerationStatus {
     pub rate: f64,
     /// Why it stands still, or what it waits for.
     pub error: Option<String>,
+    /// The event at which it stands, with everything that is known about the failure.
+    pub fault: Option<FailureReport>,
+    /// Events that it has left out.
+    pub dead_letters: LetterCounts,
 }
 
 /// A projection with its generations.
@@ -135,6 +139,8 @@ pub struct ProjectionStatus {
     pub file: Option<String>,
     /// The names of its views.
     pub views: Vec<String>,
+    /// What it does about an event that its module cannot apply.
+    pub policy: Policy,
     /// The generation that readers see.
     #[serde(flatten)]
     pub live: GenerationStatus,
@@ -142,6 +148,17 @@ pub struct ProjectionStatus {
     pub building: Option<GenerationStatus>,
     /// The hash of the module in the folder, if it is not taken up because a person went back from it.
     pub rolled_back_from: Option<String>,
+}
+
+/// What a projection does about an event that its module cannot apply.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PolicyStatus {
+    /// What it does now.
+    pub policy: Policy,
+    /// Whether that was set while Shadowbox ran.
+    pub set: bool,
+    /// What the configuration says.
+    pub configured: Policy,
 }
 
 /// How long a measured rate is worth showing.
@@ -189,6 +206,7 @@ impl Runtime {
         let engine = Engine::new(Some(&data.join("cache")), config.sandbox)?;
         let folder = Folder::new(&config.plugins, &modules, engine.clone()).map_err(|e| file(&config.plugins, e))?;
         let records = catalogue.projections().await?;
+        let policies = catalogue.policies().await?;
         let used: Vec<_> = records.iter().flat_map(|p| &p.generations).map(|g| g.module.as_str()).collect();
         sweep(&modules, &used).map_err(|e| file(&modules, e))?;
         let shared = Arc::new(Shared {
@@ -198,6 +216,7 @@ impl Runtime {
             modules,
             config,
             views: RwLock::default(),
+            policies: RwLock::new(policies),
             snapshots: RwLock::default(),
         });
         let managers = records.into_iter().map(|record| {
@@ -252,7 +271,9 @@ impl Runtime {
             stalls: &stalls,
             stall_after: self.inner.shared.config.stall_after,
         };
-        let projections = snapshots.into_iter().filter_map(|(name, s)| projection_status(name, &s, &look));
+        let policy = |name: &str| self.inner.shared.policy(name).0;
+        let projections =
+            snapshots.into_iter().filter_map(|(name, s)| projection_status(policy(&name), name, &s, &look));
         Status {
             projections: projections.collect(),
             sources: heads.iter().map(|(s, h)| SourceHead { source: s.to_string(), head: h.position }).collect(),
@@ -268,6 +289,39 @@ impl Runtime {
     /// Begins to go back to the former generation that is kept: it catches up and is promoted. Answers its number.
     pub async fn rollback(&self, projection: &str) -> Result<u64, Error> {
         self.manager(projection)?.rollback().await.map_err(Error::Refused)
+    }
+
+    /// Starts a faulted projection again, from its last commit; its build as well, if that is faulted.
+    pub async fn resume(&self, projection: &str) -> Result<(), Error> {
+        self.manager(projection)?.resume().await.map_err(Error::Refused)
+    }
+
+    /// What a projection does about bad events, and where that comes from.
+    pub fn policy(&self, projection: &str) -> Result<PolicyStatus, Error> {
+        self.manager(projection)?;
+        let (policy, set) = self.inner.shared.policy(projection);
+        Ok(PolicyStatus { policy, set, configured: self.inner.shared.config.policy(projection) })
+    }
+
+    /// Sets what a projection does about bad events, and keeps it beyond a restart; None goes back to the
+    /// configuration. A projection that stands at a bad event goes on, if the policy is not to stop there.
+    pub async fn set_policy(&self, projection: &str, policy: Option<Policy>) -> Result<PolicyStatus, Error> {
+        self.manager(projection)?.set_policy(policy).await.map_err(Error::Refused)?;
+        self.policy(projection)
+    }
+
+    /// Retries or discards dead letters of the live generation, between two of its batches.
+    pub async fn treat(&self, projection: &str, treatment: Treatment, selector: Selector) -> Result<Outcome, Error> {
+        self.manager(projection)?.treat(treatment, selector).await.map_err(Error::Refused)
+    }
+
+    /// The live generation of a projection, as the catalogue has it.
+    pub fn live(&self, projection: &str) -> Result<GenerationRecord, Error> {
+        self.manager(projection)?;
+        let snapshots = self.inner.shared.snapshots.read().expect("no panics while it is held");
+        let live = snapshots.get(projection).and_then(|snapshot| snapshot.live.as_ref());
+        let none = || Error::Refused(format!("projection {projection:?} has no generation yet; see shadowbox status"));
+        live.map(|live| live.record.clone()).ok_or_else(none)
     }
 
     fn manager(&self, projection: &str) -> Result<Manager, Error> {
@@ -644,7 +698,7 @@ impl Look<'_> {
     }
 }
 
-fn projection_status(name: String, snapshot: &Snapshot, look: &Look<'_>) -> Option<ProjectionStatus> {
+fn projection_status(policy: Policy, name: String, snapshot: &Snapshot, look: &Look<'_>) -> Option<ProjectionStatus> {
     let (live, building) = (snapshot.live.as_ref()?, snapshot.building.as_ref());
     let stalled = |generation: &SnapshotGeneration| {
         let found = generations(snapshot).find(|(g, _)| g.record.number == generation.record.number);
@@ -687,6 +741,7 @@ fn projection_status(name: String, snapshot: &Snapshot, look: &Look<'_>) -> Opti
         state,
         file: snapshot.file.clone(),
         views: live.record.manifest.views.iter().map(|v| v.name.clone()).collect(),
+        policy,
         live: live_status,
         building,
         rolled_back_from: snapshot.state.held.clone().filter(|held| !runs(held)),
@@ -727,5 +782,7 @@ fn generation_status(generation: &SnapshotGeneration, heads: &Heads, fault: Opti
         lag_seconds,
         rate: if fresh { progress.rate } else { 0.0 },
         error: fault.or(retrying),
+        fault: generation.fault.as_deref().cloned(),
+        dead_letters: progress.dead_letters,
     }
 }

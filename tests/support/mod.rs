@@ -56,7 +56,7 @@ fn build_modules() -> PathBuf {
         let file = format!("{}.wasm", name.replace('-', "_"));
         std::fs::copy(built.join(&file), kept.join(&file)).unwrap();
     }
-    for variant in ["", "tweaked", "v2", "broken", "v2,broken", "columns", "stateful"] {
+    for variant in ["", "tweaked", "mended", "v2", "broken", "v2,broken", "columns", "stateful"] {
         build(&["-p", "ledger", "--features", variant]);
         let name = if variant.is_empty() { "ledger".to_owned() } else { format!("ledger+{variant}") };
         std::fs::copy(built.join("ledger.wasm"), kept.join(format!("{name}.wasm"))).unwrap();
@@ -258,6 +258,11 @@ impl World {
     pub(crate) fn post(&self, path: &str, content_type: &str, body: &str) -> Answer {
         let request = agent().post(self.url(path)).header("content-type", content_type);
         Answer::read(request.send(body).unwrap())
+    }
+
+    pub(crate) fn put(&self, path: &str, body: &Value) -> Answer {
+        let request = agent().put(self.url(path)).header("content-type", "application/json");
+        Answer::read(request.send(body.to_string()).unwrap())
     }
 
     /// A projection's status, or null.

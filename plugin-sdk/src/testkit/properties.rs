@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use proptest::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use super::encode;
+use super::{encode, saved};
 use crate::cache::Limits;
 use crate::column::{ColumnType, value};
 use crate::prelude::*;
@@ -325,4 +325,44 @@ fn the_bytes_on_the_wire_are_these() {
     row.encode_row(&mut values).unwrap();
     assert_eq!(key, [0xa1, b'b', 0xcc, 200]);
     assert_eq!(values, [0xd0, 0xdf]);
+}
+
+#[test]
+fn a_saved_row_is_read_by_the_columns() {
+    let key = json!({ "id": "i", "n": -5, "flag": true, "raw": "AP8=", "at": "2013-01-01T10:15:00.000000Z",
+        "status": "open" });
+    let mut row = json!({ "note": null, "i32": 1, "i16": null, "u32": 2, "u16": 3, "u8": 4, "f64": 0.5, "f32": 0.25,
+        "later": "2013-01-01T10:15:00.000001Z", "states": "open", "json": { "x": 1 }, "list": ["a"], "bytes": "aGV5" });
+    let read = |row: &serde_json::Value| {
+        let (key, row) = saved::encode(&Everything::SCHEMA, key.as_object().unwrap(), row.as_object().unwrap())?;
+        decode::<Everything>(&key, &row)
+    };
+    let at: Timestamp = "2013-01-01T10:15:00Z".parse().unwrap();
+    let expected = Everything {
+        id: "i".into(),
+        n: -5,
+        flag: true,
+        raw: vec![0, 255],
+        at,
+        i32: 1,
+        u32: 2,
+        u16: 3,
+        u8: 4,
+        f64: 0.5,
+        f32: Some(0.25),
+        later: Some(Timestamp::from_micros(at.as_micros() + 1)),
+        states: Some(Status::Open),
+        json: json!({ "x": 1 }),
+        list: Json(vec!["a".into()]),
+        bytes: Some(b"hey".to_vec()),
+        ..Everything::default()
+    };
+    assert_eq!(read(&row).unwrap(), expected);
+    // A column that came later: only one that may be absent can be left out.
+    row.as_object_mut().unwrap().remove("note");
+    assert_eq!(read(&row).unwrap(), expected);
+    row.as_object_mut().unwrap().remove("u8");
+    assert!(read(&row).unwrap_err().to_string().contains("it has no `u8`"));
+    row["u8"] = json!("4");
+    assert!(read(&row).unwrap_err().to_string().contains("`u8` is \"4\""));
 }

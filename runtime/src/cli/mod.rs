@@ -8,6 +8,7 @@ macro_rules! say {
     }};
 }
 
+mod dead_letters;
 mod demo;
 mod events;
 mod plugin;
@@ -85,6 +86,17 @@ enum Command {
     ///
     /// The module in the plugin folder is not taken up again until another one is in its place.
     Rollback(views::Rollback),
+    /// Start a faulted projection again, from its last commit
+    Resume(dead_letters::Resume),
+    /// Show or set what a projection does about an event that it cannot apply
+    ///
+    /// pause: it stops there. park: the event and all later ones of its stream are set aside as dead letters, other
+    /// streams go on. skip: the event is set aside, everything else goes on. What is set here wins over the configuration,
+    /// also after a restart; default goes back to it.
+    Policy(dead_letters::SetPolicy),
+    /// List, show, retry or discard the events that a projection has set aside
+    #[command(subcommand)]
+    DeadLetters(dead_letters::DeadLetters),
     /// Make a new plugin, or check a module
     #[command(subcommand)]
     Plugin(plugin::Plugin),
@@ -113,6 +125,9 @@ pub(crate) async fn run(cli: Cli) -> Result<ExitCode> {
         Command::Query(command) => command.run(&common).await,
         Command::Rebuild(command) => command.run(&common),
         Command::Rollback(command) => command.run(&common),
+        Command::Resume(command) => command.run(&common),
+        Command::Policy(command) => command.run(&common),
+        Command::DeadLetters(command) => command.run(&common).await,
         Command::Plugin(command) => command.run(&common),
         Command::Demo(command) => command.run(&common).await,
     }
@@ -183,8 +198,18 @@ fn running(config: &Config) -> Result<String> {
 
 /// Asks the runtime; an answer that is an error becomes its message.
 fn ask<T: serde::de::DeserializeOwned>(method: &str, url: &str) -> Result<T> {
+    send(method, url, None)
+}
+
+/// The same, with a body.
+fn send<T: serde::de::DeserializeOwned>(method: &str, url: &str, body: Option<&serde_json::Value>) -> Result<T> {
     let agent: ureq::Agent = ureq::Agent::config_builder().http_status_as_error(false).build().into();
-    let request = ureq::http::Request::builder().method(method).uri(url).body(())?;
+    let request = ureq::http::Request::builder().method(method).uri(url);
+    let request = match body {
+        Some(_) => request.header("content-type", "application/json"),
+        None => request,
+    };
+    let request = request.body(body.map(serde_json::Value::to_string).unwrap_or_default())?;
     // As text: a broken pipe in its chain would pass for one of our own output, which is no failure.
     let mut response =
         agent.run(request).map_err(|error| anyhow::anyhow!("cannot reach the runtime at {url}: {error}"))?;

@@ -1,5 +1,6 @@
 //! `shadowbox status`, `query`, `rebuild` and `rollback`.
 
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::time::Duration;
 
@@ -13,7 +14,9 @@ use shadowbox::log::EventLog;
 use shadowbox::supervisor::{
     GenerationStatus, ProjectionState, ProjectionStatus, SourceHead, SourceStatus, Status as Snapshot,
 };
-use shadowbox::view::{Catalogue, GenerationRecord, ProjectionRecord, Role, readers, render, sql};
+use shadowbox::view::{
+    Catalogue, DeadLetters, GenerationRecord, LetterCounts, ProjectionRecord, Role, readers, render, sql,
+};
 
 use super::{Common, Format, ask, running};
 
@@ -57,8 +60,15 @@ impl Status {
 /// What the files say while no runtime runs.
 async fn at_rest(config: &Config) -> Result<Snapshot> {
     let heads = EventLog::open(&config.data)?.heads_now();
+    let policies = match Catalogue::open_read_only(&config.data).await? {
+        Some(catalogue) => catalogue.policies().await?,
+        None => BTreeMap::new(),
+    };
     let mut projections = Vec::new();
     for (record, held) in live_and_held(config).await? {
+        let dead_letters =
+            if record.file.exists() { DeadLetters::open(&record.file)?.counts()? } else { LetterCounts::default() };
+        let policy = policies.get(&record.projection).copied().unwrap_or(config.policy(&record.projection));
         let marks = if record.file.exists() { readers::read_marks(&record.file)? } else { Vec::new() };
         let (mut sources, mut lag_events, mut lag_seconds) = (Vec::new(), 0, 0.0_f64);
         for subscription in &record.manifest.sources {
@@ -80,6 +90,7 @@ async fn at_rest(config: &Config) -> Result<Snapshot> {
             state: ProjectionState::Stopped,
             file: None,
             views: record.manifest.views.iter().map(|v| v.name.clone()).collect(),
+            policy,
             live: GenerationStatus {
                 generation: record.number,
                 version: record.manifest.version,
@@ -89,6 +100,8 @@ async fn at_rest(config: &Config) -> Result<Snapshot> {
                 lag_seconds,
                 rate: 0.0,
                 error: None,
+                fault: None,
+                dead_letters,
             },
             building: None,
             // A module may have been dropped since; the next start looks.
@@ -100,7 +113,7 @@ async fn at_rest(config: &Config) -> Result<Snapshot> {
 }
 
 /// The live generations of a data directory, by the names of their projections.
-async fn live(config: &Config) -> Result<Vec<GenerationRecord>> {
+pub(super) async fn live(config: &Config) -> Result<Vec<GenerationRecord>> {
     Ok(live_and_held(config).await?.into_iter().map(|(live, _)| live).collect())
 }
 
@@ -139,6 +152,13 @@ fn print(status: &Snapshot) -> Result<()> {
                  back to it with shadowbox rollback {0}",
                 p.name
             );
+        }
+        if let Some(backtrace) = p.live.fault.as_ref().and_then(|fault| fault.cause.backtrace.as_ref()) {
+            say!("{backtrace}");
+        }
+        let LetterCounts { parked, skipped } = p.live.dead_letters;
+        if parked + skipped > 0 {
+            say!("{0}: {parked} parked, {skipped} skipped; see shadowbox dead-letters list {0}", p.name);
         }
     }
     for refused in &status.refused {

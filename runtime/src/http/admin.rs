@@ -25,6 +25,12 @@ pub(super) async fn index() -> Json<Value> {
             "GET /projections/{projection}": "of one",
             "POST /projections/{projection}/rebuild": "build its views anew while the present ones go on answering",
             "POST /projections/{projection}/rollback": "go back to the former generation that is kept",
+            "POST /projections/{projection}/resume": "start a faulted projection again",
+            "GET, PUT /projections/{projection}/policy": "what it does about bad events; {\"policy\": \"pause|park|skip|default\"}",
+            "GET /projections/{projection}/dead-letters": "events that it could not apply; ?after=NUMBER&limit=100",
+            "GET /projections/{projection}/dead-letters/{number}": "one, with backtrace and output",
+            "POST /projections/{projection}/dead-letters/retry": "apply them now; {\"number\": 3}, {\"stream\": \"order-1\"} or {\"all\": true}",
+            "POST /projections/{projection}/dead-letters/discard": "forget them; the same",
             "GET /status": "projections, heads of the log, refused modules",
             "GET /healthz": "200 while the process works",
             "GET /readyz": "200 while all views are current",
@@ -67,12 +73,17 @@ pub(super) async fn rollback(State(app): State<App>, Path(name): Path<String>) -
     begun(&name, app.runtime.rollback(&name).await)
 }
 
-/// The generation that is on its way now.
-fn begun(name: &str, generation: Result<u64, Error>) -> Result<Response, Failure> {
-    let generation = generation.map_err(|error| match &error {
+/// What the runtime refuses, as an answer.
+pub(super) fn failure(error: Error) -> Failure {
+    match &error {
         Error::UnknownProjection { .. } => Failure::not_found(error.to_string()),
         _ => Failure::new(StatusCode::CONFLICT, "conflict", error.to_string()),
-    })?;
+    }
+}
+
+/// The generation that is on its way now.
+fn begun(name: &str, generation: Result<u64, Error>) -> Result<Response, Failure> {
+    let generation = generation.map_err(failure)?;
     let location = format!("/projections/{name}");
     let body = Json(json!({"projection": name, "generation": generation}));
     Ok((StatusCode::ACCEPTED, [(LOCATION, location)], body).into_response())
@@ -136,7 +147,9 @@ fn why_not_current(projection: &ProjectionStatus) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Policy;
     use crate::supervisor::GenerationStatus;
+    use crate::view::LetterCounts;
 
     #[test]
     fn readiness_depends_on_what_readers_see() {
@@ -161,11 +174,14 @@ mod tests {
                 lag_seconds: 0.0,
                 rate: 0.0,
                 error: error.map(str::to_owned),
+                fault: None,
+                dead_letters: LetterCounts::default(),
             };
             let file = file.then(|| "p.wasm".to_owned());
             let (name, views) = ("p".to_owned(), vec!["v".to_owned()]);
+            let policy = Policy::Pause;
             let projection =
-                ProjectionStatus { name, state, file, views, live, building: None, rolled_back_from: None };
+                ProjectionStatus { name, state, file, views, policy, live, building: None, rolled_back_from: None };
             let status = Status { sources: Vec::new(), projections: vec![projection], refused: Vec::new() };
             assert_eq!(not_current(&status).is_empty(), ready, "{state:?} {lag} {error:?}");
         }

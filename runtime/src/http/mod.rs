@@ -5,6 +5,7 @@
 
 mod admin;
 mod answer;
+mod dead_letters;
 mod dialect;
 mod events;
 mod views;
@@ -70,6 +71,12 @@ fn router(app: App) -> Router {
         .route("/projections/{projection}", get(admin::projection))
         .route("/projections/{projection}/rebuild", post(admin::rebuild))
         .route("/projections/{projection}/rollback", post(admin::rollback))
+        .route("/projections/{projection}/resume", post(dead_letters::resume))
+        .route("/projections/{projection}/policy", get(dead_letters::policy).put(dead_letters::set_policy))
+        .route("/projections/{projection}/dead-letters", get(dead_letters::list))
+        .route("/projections/{projection}/dead-letters/{number}", get(dead_letters::show))
+        .route("/projections/{projection}/dead-letters/retry", post(dead_letters::retry))
+        .route("/projections/{projection}/dead-letters/discard", post(dead_letters::discard))
         .route("/status", get(admin::status))
         .route("/healthz", get(admin::health))
         .route("/readyz", get(admin::ready))
@@ -95,10 +102,10 @@ async fn wrong_method(method: Method, uri: Uri) -> Failure {
 }
 
 /// A web page of somebody else must not change anything here through the browser of whoever visits it. A page can send
-/// a POST to loopback, but not without its origin.
+/// a request to loopback, but not without its origin.
 async fn same_origin(request: Request, next: Next) -> Result<Response, Failure> {
     let headers = request.headers();
-    if request.method() == Method::POST
+    if [Method::POST, Method::PUT].contains(request.method())
         && let Some(origin) = headers.get(ORIGIN).and_then(|o| o.to_str().ok())
     {
         let host = headers.get(HOST).and_then(|h| h.to_str().ok()).unwrap_or_default();

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 use wasmtime::component::{Component, HasSelf, Linker, Resource};
-use wasmtime::{Config, OptLevel};
+use wasmtime::{Config, OptLevel, WasmBacktraceDetails};
 use wasmtime_wasi::p2::DynPollable;
 
 use super::instance::{Host, Instance, bindings};
@@ -63,6 +63,8 @@ impl Engine {
             .epoch_interruption(true)
             // Different NaN bits on different machines would be different rows.
             .cranelift_nan_canonicalization(true)
+            // Files and lines in backtraces, of modules that have them.
+            .wasm_backtrace_details(WasmBacktraceDetails::Enable)
             .wasm_relaxed_simd(false)
             .wasm_memory64(false)
             // Bounds checks by guard pages: explicit ones cost half as much again.

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use wasmtime::component::ResourceTable;
-use wasmtime::{ResourceLimiter, Store, Trap};
+use wasmtime::{ResourceLimiter, Store, Trap, WasmBacktrace};
 use wasmtime_wasi::cli::{IsTerminal, StdoutStream};
 use wasmtime_wasi::p2::{OutputStream, Pollable, StreamResult};
 use wasmtime_wasi::random::Deterministic;
@@ -56,6 +56,16 @@ pub(super) struct Host {
     failed: Option<String>,
     /// When the running call has had its time. The epoch ends it in the guest; a host call has to look for itself.
     until: Instant,
+    details: Details,
+}
+
+/// What a call left behind beside its result.
+#[derive(Debug, Default)]
+pub struct Details {
+    /// Where the plugin trapped: its functions, the innermost first.
+    pub backtrace: Option<String>,
+    /// What it printed.
+    pub output: Option<String>,
 }
 
 impl Host {
@@ -200,7 +210,7 @@ impl Output {
     /// What was written since the last call.
     fn take(&self) -> Option<String> {
         let captured = std::mem::take(&mut *self.0.lock().expect("no panics while it is held"));
-        let mut text = String::from_utf8_lossy(&captured.bytes).trim_end().to_owned();
+        let mut text = String::from_utf8_lossy(&captured.bytes).trim().to_owned();
         if captured.dropped > 0 {
             text.push_str(&format!(" [and {} more bytes]", captured.dropped));
         }
@@ -282,7 +292,7 @@ impl Instance {
         let until = Instant::now() + sandbox.deadline;
         let mut table = ResourceTable::new();
         table.set_max_capacity(RESOURCES);
-        let host = Host { wasi, table, rows, output, limits, failed: None, until };
+        let host = Host { wasi, table, rows, output, limits, failed: None, until, details: Details::default() };
         let mut store = Store::new(pre.engine(), host);
         store.set_max_component_handles(RESOURCES);
         store.limiter(|host| &mut host.limits);
@@ -312,19 +322,29 @@ impl Instance {
         let changes = match result {
             Ok(Ok(changes)) => changes,
             Ok(Err(failure)) => {
+                let host = self.store.data_mut();
+                host.details.output = host.output.take();
                 return Err(Failure::Refused { event: failure.event, message: cut(failure.message) });
             }
             Err(error) => return Err(explain(error, &mut self.store, self.deadline)),
         };
         if let Some(output) = self.store.data().output.take() {
             tracing::info!(%output, "the plugin printed");
+            self.store.data_mut().details.output = Some(output);
         }
         Ok(changes)
     }
 
     fn begin_call(&mut self) {
         self.store.set_epoch_deadline(ticks(self.deadline));
-        self.store.data_mut().until = Instant::now() + self.deadline;
+        let host = self.store.data_mut();
+        host.until = Instant::now() + self.deadline;
+        host.details = Details::default();
+    }
+
+    /// What the last `apply` left behind.
+    pub fn details(&mut self) -> Details {
+        std::mem::take(&mut self.store.data_mut().details)
     }
 }
 
@@ -337,6 +357,8 @@ fn explain(error: wasmtime::Error, store: &mut Store<Host>, deadline: Duration) 
     if let Some(message) = host.failed.take() {
         return Failure::Host(message);
     }
+    let output = host.output.take();
+    host.details = Details { backtrace: error.downcast_ref().map(backtrace), output: output.clone() };
     if host.limits.exceeded {
         return Failure::Memory { megabytes: host.limits.limit >> 20 };
     }
@@ -356,10 +378,16 @@ fn explain(error: wasmtime::Error, store: &mut Store<Host>, deadline: Duration) 
     if reason.contains(OUT_OF_HOSTCALL_FUEL) {
         return Failure::TooManyChanges;
     }
-    tracing::debug!(backtrace = %format!("{error:?}"), "a plugin trapped");
-    let message = match host.output.take() {
+    let message = match output {
         Some(output) => format!("{output} ({reason})"),
         None => reason,
     };
     Failure::Trap { message }
+}
+
+/// The guest's functions, one a line, without what is the same in every one.
+fn backtrace(trace: &WasmBacktrace) -> String {
+    let text = trace.to_string();
+    // The first line only says that this is a backtrace.
+    text.split_once('\n').map_or(text.as_str(), |(_, frames)| frames).to_owned()
 }

@@ -11,7 +11,7 @@ use std::path::Path;
 
 pub use engine::{Engine, Module, hash};
 pub use folder::{Folder, Found, look};
-pub use instance::{Instance, RowError, Rows};
+pub use instance::{Details, Instance, RowError, Rows};
 
 use crate::config::{SandboxLimits, limits};
 use crate::manifest::{self, Manifest};

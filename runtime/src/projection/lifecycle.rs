@@ -74,6 +74,8 @@ pub enum Input {
         /// The hash of the module that the folder has.
         folder: String,
     },
+    /// A person says that the cause of a fault is gone.
+    Resume,
     /// The live worker has committed the first batch of its module.
     LiveProved,
     /// The live worker has ended, because going on would lose or corrupt data.
@@ -191,6 +193,19 @@ impl State {
                 }
                 self.hold(Some(folder), &mut actions);
                 self.revive(to, &mut actions);
+            }
+            Input::Resume => {
+                if matches!(self.live, Live::Faulted(..)) {
+                    self.resume_live(&mut actions);
+                }
+                if let Building::Faulted(module, _) = self.building.clone() {
+                    if self.back {
+                        self.revive(module, &mut actions);
+                        return actions;
+                    }
+                    actions.push(Action::StartBuilding(module.clone()));
+                    self.building = Building::Running(module);
+                }
             }
             Input::LiveProved => {
                 if let Live::Proving { module, .. } = &self.live {
@@ -441,6 +456,16 @@ mod tests {
     }
 
     #[test]
+    fn what_is_faulted_is_resumed_and_nothing_else() {
+        let (a, b) = (module("a", 1), module("b", 2));
+        let live = Live::Faulted(a.clone(), "why".into());
+        let mut state = State { live, building: Building::Faulted(b.clone(), "why".into()), back: false, held: None };
+        assert_eq!(state.next(Input::Resume), [Action::StartLive(a.clone()), Action::StartBuilding(b.clone())]);
+        assert_eq!((&state.live, &state.building), (&Live::Running(a), &Building::Running(b)));
+        assert_eq!(state.next(Input::Resume), []);
+    }
+
+    #[test]
     fn the_same_version_and_schema_is_a_hot_swap() {
         let mut state = running("a", 1);
         let b = module("b", 1);
@@ -565,7 +590,7 @@ mod tests {
     proptest! {
         #[test]
         fn whatever_happens_there_is_one_writer_a_generation(
-            inputs in proptest::collection::vec((0..10, 0..3_usize, 1..3_u32), 1..60)
+            inputs in proptest::collection::vec((0..11, 0..3_usize, 1..3_u32), 1..60)
         ) {
             let mut state = nothing();
             let mut world = World::default();
@@ -582,6 +607,7 @@ mod tests {
                     3 if matches!(state.live, Live::None) => continue,
                     3 if state.back && world.building_runs => continue,
                     3 => Input::Rebuild,
+                    10 => Input::Resume,
                     // What only a running worker can say.
                     4 if world.live_runs && hash == 0 => Input::LiveProved,
                     4 if world.live_runs => { world.live_runs = false; Input::LiveFaulted(why()) }

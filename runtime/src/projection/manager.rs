@@ -7,15 +7,16 @@ use std::sync::{Arc, PoisonError, RwLock};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::Error;
+use super::failure::{Outcome, Request, Treatment};
 use super::lifecycle::{Action, Building, Input, Live, ModuleId, State};
-use super::worker::{Command, Course, Job, Notice, Progress, Worker};
-use crate::config::{Config, limits};
+use super::worker::{Command, Course, Fault, Job, Notice, Progress, Worker};
+use crate::config::{Config, Policy, limits};
 use crate::fault;
 use crate::log::EventLog;
 use crate::manifest::{Manifest, ViewSchema};
-use crate::model::Checkpoint;
+use crate::model::{Checkpoint, FailureReport};
 use crate::plugin::{self, Engine, Module};
-use crate::view::{self, Catalogue, GenerationRecord, Order, ProjectionRecord, Role};
+use crate::view::{self, Catalogue, DeadLetters, GenerationRecord, Order, ProjectionRecord, Role, Selector};
 
 /// What all projections of a runtime share.
 pub struct Shared {
@@ -31,8 +32,20 @@ pub struct Shared {
     pub config: Config,
     /// The live views, by name.
     pub views: RwLock<Arc<BTreeMap<String, LiveView>>>,
+    /// The policies that were set while Shadowbox ran, by projection.
+    pub policies: RwLock<BTreeMap<String, Policy>>,
     /// The projections as they were after their last change, by name.
     pub snapshots: RwLock<BTreeMap<String, Snapshot>>,
+}
+
+impl Shared {
+    /// What a projection does about bad events now, and whether that was set while Shadowbox ran.
+    pub fn policy(&self, projection: &str) -> (Policy, bool) {
+        match self.policies.read().expect("no panics while it is held").get(projection) {
+            Some(policy) => (*policy, true),
+            None => (self.config.policy(projection), false),
+        }
+    }
 }
 
 /// What a reader needs to know of a live view.
@@ -76,12 +89,17 @@ pub struct SnapshotGeneration {
     pub progress: watch::Receiver<Arc<Progress>>,
     /// Its checkpoint.
     pub checkpoint: watch::Receiver<Arc<Checkpoint>>,
+    /// The event at which it stands.
+    pub fault: Option<Arc<FailureReport>>,
 }
 
 enum Message {
     Wanted(Option<(String, Box<Module>)>),
     Rebuild(oneshot::Sender<Result<u64, String>>),
     Rollback(oneshot::Sender<Result<u64, String>>),
+    Resume(oneshot::Sender<Result<(), String>>),
+    SetPolicy(Option<Policy>, oneshot::Sender<Result<(), String>>),
+    Treat(Request),
     Settled(oneshot::Sender<()>),
     Stop(oneshot::Sender<()>),
 }
@@ -103,6 +121,7 @@ impl Manager {
         let former = record.iter().flat_map(|r| r.former()).cloned().collect();
         let name = name.to_owned();
         let mut running = Running {
+            policy: watch::Sender::new(shared.policy(&name).0),
             name,
             state,
             live,
@@ -150,6 +169,13 @@ impl Manager {
         }
     }
 
+    async fn ask<T>(&self, message: impl FnOnce(oneshot::Sender<Result<T, String>>) -> Message) -> Result<T, String> {
+        let (reply, answer) = oneshot::channel();
+        let stopping = || "the projection has stopped before it could answer; see shadowbox status".to_owned();
+        self.messages.send(message(reply)).map_err(|_| stopping())?;
+        answer.await.unwrap_or_else(|_| Err(stopping()))
+    }
+
     /// Begins a rebuild, unless one is running; answers its generation's number, or why there cannot be one.
     pub async fn rebuild(&self) -> Result<u64, String> {
         self.ask(Message::Rebuild).await
@@ -160,11 +186,21 @@ impl Manager {
         self.ask(Message::Rollback).await
     }
 
-    async fn ask(&self, message: impl FnOnce(oneshot::Sender<Result<u64, String>>) -> Message) -> Result<u64, String> {
-        let (reply, answer) = oneshot::channel();
-        let stopping = || "the runtime is stopping".to_owned();
-        self.messages.send(message(reply)).map_err(|_| stopping())?;
-        answer.await.unwrap_or_else(|_| Err(stopping()))
+    /// Starts again what is faulted, or says why not.
+    pub async fn resume(&self) -> Result<(), String> {
+        self.ask(Message::Resume).await
+    }
+
+    /// Sets what is done about bad events, and keeps it; None goes back to the configuration. A projection that stands
+    /// at a bad event goes on, if the policy is not to stop there.
+    pub async fn set_policy(&self, policy: Option<Policy>) -> Result<(), String> {
+        self.ask(|reply| Message::SetPolicy(policy, reply)).await
+    }
+
+    /// Retries or discards dead letters of the live generation between two of its batches. One that is faulted is
+    /// resumed for it.
+    pub async fn treat(&self, treatment: Treatment, selector: Selector) -> Result<Outcome, String> {
+        self.ask(|reply| Message::Treat(Request { treatment, selector, reply })).await
     }
 
     /// Stops all workers after their running batch.
@@ -182,6 +218,8 @@ struct Slot {
     worker: Option<Worker>,
     progress: Arc<watch::Sender<Arc<Progress>>>,
     checkpoint: Arc<watch::Sender<Arc<Checkpoint>>>,
+    /// The event at which its last worker has ended.
+    fault: Option<Arc<FailureReport>>,
 }
 
 impl Slot {
@@ -189,11 +227,14 @@ impl Slot {
         // A file that is not there yet has no checkpoint; one that cannot be read shows when it is opened for writing.
         let stored = record.file.exists().then(|| Order::open(&record.file).and_then(|order| order.checkpoint()));
         let checkpoint = stored.and_then(Result::ok).unwrap_or_default();
+        let stored = record.file.exists().then(|| DeadLetters::open(&record.file).and_then(|letters| letters.counts()));
+        let dead_letters = stored.and_then(Result::ok).unwrap_or_default();
         Slot {
             record,
             worker: None,
-            progress: Arc::new(watch::Sender::new(Arc::default())),
+            progress: Arc::new(watch::Sender::new(Arc::new(Progress { dead_letters, ..Progress::default() }))),
             checkpoint: Arc::new(watch::Sender::new(Arc::new(checkpoint))),
+            fault: None,
         }
     }
 
@@ -212,6 +253,7 @@ impl Slot {
             record: self.record.clone(),
             progress: self.progress.subscribe(),
             checkpoint: self.checkpoint.subscribe(),
+            fault: self.fault.clone(),
         }
     }
 }
@@ -246,6 +288,8 @@ struct Running {
     /// The hash of the module in that file.
     wanted: Option<String>,
     refused: Option<String>,
+    /// What is done about bad events, for the workers to look at.
+    policy: watch::Sender<Policy>,
     notices: mpsc::UnboundedSender<(u64, Notice)>,
     workers: u64,
     shared: Arc<Shared>,
@@ -270,6 +314,17 @@ impl Running {
                         let answer = self.rollback().await;
                         let _ = reply.send(answer);
                     }
+                    Some(Message::Resume(reply)) => {
+                        let answer = self.resume().await;
+                        // Whoever asked may have gone away.
+                        let _ = reply.send(answer);
+                    }
+                    Some(Message::SetPolicy(policy, reply)) => {
+                        let answer = self.set_policy(policy).await;
+                        // Whoever asked may have gone away.
+                        let _ = reply.send(answer);
+                    }
+                    Some(Message::Treat(request)) => self.treat(request).await,
                     Some(Message::Settled(reply)) => {
                         // Whoever asked may have gone away.
                         let _ = reply.send(());
@@ -302,12 +357,7 @@ impl Running {
     }
 
     async fn rebuild(&mut self) -> Result<u64, String> {
-        if self.file.is_none() {
-            return Err(format!(
-                "projection {:?} has no module in the plugin folder; put it back, then rebuild",
-                self.name
-            ));
-        }
+        self.check_file()?;
         if self.live.is_none() {
             return Err(format!("projection {:?} has no generation yet; see its error in the status", self.name));
         }
@@ -356,18 +406,103 @@ impl Running {
         }
     }
 
+    async fn resume(&mut self) -> Result<(), String> {
+        if !matches!((&self.state.live, &self.state.building), (Live::Faulted(..), _) | (_, Building::Faulted(..))) {
+            return Err(format!("projection {:?} is not faulted; there is nothing to resume", self.name));
+        }
+        self.check_file()?;
+        self.happened(Input::Resume).await;
+        Ok(())
+    }
+
+    /// Without a module in the folder, nobody wants the projection to run.
+    fn check_file(&self) -> Result<(), String> {
+        match &self.file {
+            Some(_) => Ok(()),
+            None => Err(format!("projection {:?} has no module in the plugin folder; put it back first", self.name)),
+        }
+    }
+
+    async fn set_policy(&mut self, policy: Option<Policy>) -> Result<(), String> {
+        self.shared.catalogue.set_policy(&self.name, policy).await.map_err(|error| error.to_string())?;
+        {
+            let mut policies = self.shared.policies.write().expect("no panics while it is held");
+            match policy {
+                Some(policy) => policies.insert(self.name.clone(), policy),
+                None => policies.remove(&self.name),
+            };
+        }
+        let (policy, _) = self.shared.policy(&self.name);
+        tracing::info!(projection = self.name, %policy, "the policy for bad events is set");
+        self.policy.send_replace(policy);
+        let faulted = |slot: &Option<Slot>| slot.as_ref().is_some_and(|slot| slot.fault.is_some());
+        if policy != Policy::Pause
+            && self.file.is_some()
+            && (matches!(self.state.live, Live::Faulted(..)) && faulted(&self.live)
+                || matches!(self.state.building, Building::Faulted(..)) && faulted(&self.building))
+        {
+            self.happened(Input::Resume).await;
+        }
+        Ok(())
+    }
+
+    async fn treat(&mut self, request: Request) {
+        let refusal = match (&self.state.live, &self.state.building) {
+            (_, Building::Finishing(_)) => Some(format!(
+                "projection {:?} is about to take over a new generation, which has dead letters of its own; try again",
+                self.name
+            )),
+            _ => self.check_file().err(),
+        };
+        if refusal.is_none() && matches!(self.state.live, Live::Faulted(..)) {
+            self.happened(Input::Resume).await;
+        }
+        let worker = self.live.as_ref().and_then(|slot| slot.worker.as_ref());
+        match (refusal, worker) {
+            (None, Some(worker)) => worker.tell(Command::Treat(request)),
+            (refusal, _) => {
+                let not_running = || format!("projection {:?} does not run; see shadowbox status", self.name);
+                // Whoever asked may have gone away.
+                let _ = request.reply.send(Err(refusal.unwrap_or_else(not_running)));
+            }
+        }
+    }
+
+    /// Keeps the event at which a worker has ended, and answers the reason with what to do about it.
+    fn fault(&mut self, role: Role, fault: Fault) -> String {
+        let slot = if role == Role::Live { &mut self.live } else { &mut self.building };
+        if matches!((role, &self.state.live), (Role::Live, Live::Proving { .. })) {
+            // Another module goes on, for which this is no fault.
+            return fault.reason;
+        }
+        let next = match &fault.report {
+            Some(_) => format!(
+                "put a mended module into the plugin folder, or let such events be set aside: shadowbox policy {} park",
+                self.name
+            ),
+            None => format!("once the cause is gone: shadowbox resume {}", self.name),
+        };
+        slot.as_mut().expect("it had a worker").fault = fault.report.map(Arc::from);
+        format!("{}; {next}", fault.reason)
+    }
+
     async fn noticed(&mut self, worker: u64, notice: Notice) {
         let is = |slot: &Option<Slot>| slot.as_ref().and_then(|s| s.worker.as_ref()).is_some_and(|w| w.id == worker);
+        let at_event = matches!(&notice, Notice::Faulted(Fault { report: Some(_), .. }));
         let input = match (notice, is(&self.live), is(&self.building)) {
             (Notice::Proved, true, _) => Input::LiveProved,
-            (Notice::Faulted(reason), true, _) => Input::LiveFaulted(reason),
+            (Notice::Faulted(fault), true, _) => Input::LiveFaulted(self.fault(Role::Live, fault)),
             (Notice::Ready, _, true) => Input::BuildReady,
             (Notice::Passed, _, true) => Input::BuildPassed,
-            (Notice::Faulted(reason), _, true) => Input::BuildFaulted(reason),
+            (Notice::Faulted(fault), _, true) => Input::BuildFaulted(self.fault(Role::Building, fault)),
             // From a worker that has been stopped meanwhile, or of no interest.
             _ => return,
         };
         self.happened(input).await;
+        if at_event && *self.policy.borrow() != Policy::Pause {
+            // The policy was changed while the worker stopped by the former one.
+            self.happened(Input::Resume).await;
+        }
     }
 
     /// Tells the lifecycle and does what it says. What goes wrong on the way is the next thing that has happened.
@@ -601,6 +736,7 @@ impl Running {
         self.workers += 1;
         let slot = if role == Role::Live { &mut self.live } else { &mut self.building };
         let slot = slot.as_mut().expect("it was created");
+        slot.fault = None;
         slot.worker = Some(Worker::start(Job {
             module,
             file: slot.record.file.clone(),
@@ -612,6 +748,8 @@ impl Running {
             notices: self.notices.clone(),
             id: self.workers,
             proving: role == Role::Live && matches!(self.state.live, Live::Proving { .. }),
+            policy: self.policy.subscribe(),
+            max_dead_letters: self.shared.config.failures.max_dead_letters,
         }));
         Ok(())
     }

@@ -2,18 +2,22 @@
 //!
 //! [`Manager`] runs one projection. It keeps a [`lifecycle`] (a pure state machine that says what to do), and a worker
 //! (`worker.rs`) for each generation that is being followed: the loop read, apply, commit. What it holds meanwhile is a
-//! session (`session.rs`); it reads through a merge (`merge.rs`), which puts the events of several sources into one order.
-//! [`Stalls`] notices who has lag and does not move.
+//! session (`session.rs`, and `failure.rs` for events that cannot be applied); it reads through a merge (`merge.rs`),
+//! which puts the events of several sources into one order. [`Stalls`] notices who has lag and does not move.
 
+mod failure;
 pub mod lifecycle;
 mod manager;
 mod merge;
+mod replay;
 mod session;
 mod shadow;
 mod stalls;
 mod worker;
 
+pub use failure::{Outcome, Refusal, Treatment};
 pub use manager::{LiveView, Manager, Shared, Snapshot, SnapshotGeneration, at_rest, module_id};
+pub use replay::{Replay, replay};
 pub use session::check_file;
 pub use shadow::{Applied, Fold, Shadow};
 pub use stalls::Stalls;
@@ -21,7 +25,7 @@ pub use worker::{Activity, Progress, Task};
 
 use std::path::PathBuf;
 
-use crate::model::Position;
+use crate::model::{EventName, FailureReport, Position};
 use crate::{log, plugin, view};
 
 /// Why a projection stopped, or could not begin.
@@ -38,19 +42,28 @@ pub enum Error {
     Plugin(#[from] plugin::Error),
     /// The plugin could not apply this event. Everything before it is committed.
     #[error(
-        "event {id:?} ({event_type}) at position {position} of source {source_name:?} could not be applied: {reason}"
+        "event {id:?} ({event_type}) at position {position} of source {source_name:?} could not be applied: {reason}",
+        id = _0.event.id,
+        event_type = _0.event.event_type,
+        position = _0.event.position,
+        source_name = _0.event.source,
+        reason = _0.cause.message
     )]
-    Event {
-        /// The source's name.
-        source_name: String,
-        /// The event's position in it.
-        position: Position,
-        /// The event's type.
-        event_type: String,
-        /// The event's id.
-        id: String,
-        /// What the plugin said, or how it failed.
-        reason: String,
+    Event(Box<FailureReport>),
+    /// An event would have to be set aside, and there is no room. Everything before it is committed.
+    #[error(
+        "event {id:?} ({event_type}) at position {position} of source {source_name:?} would be set aside, but there are \
+         {max} dead letters already, as many as failures.max_dead_letters allows; retry or discard some",
+        id = event.id,
+        event_type = event.event_type,
+        position = event.position,
+        source_name = event.source
+    )]
+    Full {
+        /// The event that there is no room for.
+        event: Box<EventName>,
+        /// How many there may be.
+        max: u64,
     },
     /// A module that was to take over failed before a batch of it was committed. Which of the events it was is not
     /// looked for: nothing of the module is kept.

@@ -6,14 +6,17 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::Error;
+use super::failure::Park;
 use super::merge::{Merge, Step, checkpoint, done};
 use super::shadow::Selection;
 use super::worker::{Course, Job, Task};
 use crate::config::{BatchLimits, limits};
 use crate::log::EventLog;
-use crate::model::{Checkpoint, Columns, Position, Time};
+use crate::model::{BatchColumn, Checkpoint, ColumnSet, Columns, Position, Time};
 use crate::plugin::{Failure, Instance, RowError, Rows};
-use crate::view::{self, Changes, Commit, CommittedRows, Committer, Generation, Mark, Run, Table};
+use crate::view::{
+    self, Changes, Commit, CommittedRows, Committer, Generation, LetterChanges, LetterState, Mark, Run, Table,
+};
 
 /// What a plugin reads from: changes that wait for their commit, those that are being committed, what is committed.
 struct State {
@@ -73,8 +76,10 @@ pub(super) struct Session {
     pub(super) merge: Merge,
     /// The generation whose course is followed was built from another log.
     pub(super) foreign: bool,
-    instance: Option<Instance>,
-    batch: Columns,
+    pub(super) instance: Option<Instance>,
+    /// Whether the last batch was the first one of its instance.
+    pub(super) was_fresh: bool,
+    pub(super) batch: Columns,
     /// In which order the sources were taken since the last commit began.
     runs: Vec<Run>,
     /// Where each source stands after the last apply: the pending changes are complete to here.
@@ -84,7 +89,11 @@ pub(super) struct Session {
     pub(super) committed: Done,
     last_commit: Instant,
     /// Whether events, not only positions, wait for the commit.
-    has_applied: bool,
+    pub(super) has_applied: bool,
+    /// What is left out.
+    pub(super) park: Park,
+    /// Changes of the dead letters that wait for the commit.
+    pub(super) letters: LetterChanges,
     /// Events in the next batch, at most.
     size: usize,
     /// Events in the largest batch since the last rest.
@@ -103,7 +112,8 @@ impl Session {
         let generation = Generation::open(&job.file, &job.module.manifest)?;
         let tables = generation.tables().clone();
         let done = done(&job.module.manifest, generation.marks());
-        let columns = job.module.manifest.batch;
+        let park = Park::load(job)?;
+        let columns = columns(job, &park);
         let mut merge = Merge::new(&job.log, &job.module.manifest, &done, columns);
         check_log(&job.log, &job.file, generation.marks())?;
         let foreign = follow(job, &mut merge)?;
@@ -120,6 +130,7 @@ impl Session {
             merge,
             foreign,
             instance: None,
+            was_fresh: true,
             batch: Columns::new(columns),
             runs: Vec::new(),
             applied: done.clone(),
@@ -127,6 +138,8 @@ impl Session {
             committed: done,
             last_commit: Instant::now(),
             has_applied: false,
+            park,
+            letters: LetterChanges::default(),
             size: job.limits.events,
             largest: 0,
             suspect: 0,
@@ -200,45 +213,70 @@ impl Session {
         }
     }
 
-    /// Reads and applies one batch. After a failure, everything before the batch is committed, and the next batch is
-    /// smaller, until the event that fails is alone.
+    /// Reads and applies one batch, without the events of parked streams. After a failure, everything before the batch
+    /// is committed, and the next batch is smaller, until the event that fails is alone.
     pub(super) fn step(&mut self, job: &Job) -> Result<Step, Error> {
         self.batch.clear();
         let limits = BatchLimits { events: self.size, ..job.limits };
         let mut runs = Vec::new();
         let step = self.merge.next(&limits, &mut self.batch, &mut runs)?;
-        if let Some(selection) = &self.selection {
-            self.batch = self.batch.select(|source, position| selection.takes(source, position));
-        }
         self.foreign |= self.merge.has_lost_its_guide();
-        if !self.batch.is_empty() {
-            if let Err(failure) = self.apply(job) {
-                self.isolate(job, failure)?;
-                return Ok(Step::More);
+        let read = self.batch.len();
+        if read > 0 {
+            let parked = match self.take_parked(job.max_dead_letters) {
+                Ok(parked) => parked,
+                Err(first) => return self.stop_before(job, first).map(|()| Step::More),
+            };
+            let waiting = parked.iter().map(|&i| self.event_name(job, i)).collect::<Result<Vec<_>, _>>()?;
+            let left_out = match &self.selection {
+                Some(selection) => {
+                    let takes = |&i: &usize| selection.takes(self.batch.source(i), self.batch.position(i));
+                    (0..read).filter(|i| !takes(i)).collect()
+                }
+                None => parked,
+            };
+            if !left_out.is_empty() {
+                self.batch.retain(|i| left_out.binary_search(&i).is_err());
             }
-            self.succeeded(job.limits.events);
+            if !self.batch.is_empty() {
+                if let Err(failure) = self.apply(job) {
+                    return self.isolate(job, failure, read, &left_out, runs).map(|()| Step::More);
+                }
+                self.has_applied = true;
+                self.events += self.batch.len() as u64;
+            }
+            waiting.into_iter().for_each(|event| self.set_aside(event, LetterState::Parked, None));
+            self.passed(read, job.limits.events);
         }
         self.applied = self.merge.done();
-        if self.merge.sources.len() > 1 {
-            self.runs.extend(runs);
-        }
+        self.keep_runs(runs);
         Ok(step)
     }
 
     fn apply(&mut self, job: &Job) -> Result<(), Failure> {
         let encoded = self.batch.encode(&self.merge.sources, self.merge.types(), job.module.manifest.batch);
-        let instance = match &mut self.instance {
-            Some(instance) => instance,
-            none => none.insert(job.module.instantiate(self.state.clone())?),
-        };
         job.doing(Task::Applying {
             events: self.batch.len(),
             source: self.merge.sources[usize::from(self.batch.source(0))].clone(),
             position: self.batch.position(0),
         });
-        let changes = instance.apply(&encoded);
+        self.apply_encoded(job, &encoded)
+    }
+
+    pub(super) fn apply_encoded(&mut self, job: &Job, batch: &[u8]) -> Result<(), Failure> {
+        self.was_fresh = self.instance.is_none();
+        let instance = match &mut self.instance {
+            Some(instance) => instance,
+            none => {
+                // It could be made when the module was admitted, so the module is not to blame, and no event is.
+                let made = job.module.instantiate(self.state.clone());
+                none.insert(made.map_err(|failure| Failure::Host(failure.to_string()))?)
+            }
+        };
+        let changes = instance.apply(batch);
         let tables = self.tables.clone();
         let mut state = self.state();
+        // What is committed next is to be seen by the next batch.
         if let Err(error) = state.committed.release() {
             let message = error.to_string();
             state.failed = Some(error);
@@ -247,64 +285,39 @@ impl Session {
         state.pending.absorb(&tables, changes?).map_err(|message| Failure::Invalid { message })
     }
 
-    fn succeeded(&mut self, most: usize) {
-        let events = self.batch.len();
+    /// Why a call failed that failed by no fault of the plugin's.
+    pub(super) fn host_error(&self, message: String) -> Error {
+        self.state().failed.take().map_or(Error::Host(message), Error::View)
+    }
+
+    /// `events` are dealt with; the next batch may be larger, unless the bad one is still to be found.
+    pub(super) fn passed(&mut self, events: usize, most: usize) {
         self.largest = self.largest.max(events);
-        self.has_applied = true;
-        self.events += events as u64;
         self.rate.count(events);
         self.suspect = self.suspect.saturating_sub(events);
         self.size = if self.suspect > 0 { (self.suspect / 2).max(1) } else { (self.size * 2).min(most) };
     }
 
-    /// Finds the one event that fails by halving, on fresh instances.
-    fn isolate(&mut self, job: &Job, failure: Failure) -> Result<(), Error> {
-        let events = self.batch.len();
-        let first_bad = match failure {
-            Failure::Host(message) => {
-                let failed = self.state().failed.take();
-                return Err(failed.map_or(Error::Host(message), Error::View));
-            }
-            Failure::Refused { event, .. } => Some(event as usize).filter(|&i| i < events),
-            _ => None,
-        };
-        if job.proving {
-            return Err(match first_bad {
-                Some(i) => self.describe_event(job, i, &failure)?,
-                None => Error::FirstBatch {
-                    events,
-                    source_name: self.merge.sources[usize::from(self.batch.source(0))].to_string(),
-                    position: self.batch.position(0),
-                    reason: failure.to_string(),
-                },
-            });
+    pub(super) fn keep_runs(&mut self, runs: Vec<Run>) {
+        if self.merge.sources.len() > 1 {
+            self.runs.extend(runs);
         }
-        // Before the commit, which needs the merge as it was when the pending changes were made.
-        let alone = events == 1 || first_bad == Some(0);
-        let culprit = alone.then(|| self.describe_event(job, 0, &failure)).transpose()?;
-        self.end_commit(true)?;
-        self.begin_commit(job, false)?;
-        self.end_commit(true)?;
-        if let Some(culprit) = culprit {
-            return Err(culprit);
-        }
-        tracing::warn!(%failure, events, "a batch failed; looking for the event");
-        self.instance = None;
-        self.suspect = events;
-        self.size = first_bad.unwrap_or(events / 2).max(1);
-        self.merge = Merge::new(&job.log, &job.module.manifest, &self.applied, self.batch.set());
-        self.foreign = follow(job, &mut self.merge)?;
-        Ok(())
     }
 
-    fn describe_event(&self, job: &Job, i: usize, failure: &Failure) -> Result<Error, Error> {
-        let position = self.batch.position(i);
-        let source_name = self.merge.sources[usize::from(self.batch.source(i))].to_string();
-        // The batch has only what the plugin reads of an event.
-        let mut id = String::new();
-        job.log.events(&source_name, position.0.checked_sub(1).map(Position), 1, |event| id = event.event.id)?;
-        let event_type = self.merge.types()[usize::from(self.batch.event_type(i))].to_string();
-        Ok(Error::Event { source_name, position, event_type, id, reason: failure.to_string() })
+    /// Goes back to what is applied, to read the next `suspect` events in batches of at most `size` at first.
+    pub(super) fn rewind(&mut self, job: &Job, suspect: usize, size: usize) -> Result<(), Error> {
+        self.suspect = suspect;
+        self.size = size.max(1);
+        self.read_anew(job)
+    }
+
+    /// Reads from what is applied on: what the plugin reads, and the streams while some are parked.
+    pub(super) fn read_anew(&mut self, job: &Job) -> Result<(), Error> {
+        let columns = columns(job, &self.park);
+        self.batch = Columns::new(columns);
+        self.merge = Merge::new(&job.log, &job.module.manifest, &self.applied, columns);
+        self.foreign = follow(job, &mut self.merge)?;
+        Ok(())
     }
 
     /// Begins a commit if `due`; if `wait`, all have ended. Answers, of those that have, whether events were in one.
@@ -321,7 +334,7 @@ impl Session {
 
     /// Begins to commit what was applied. The commit before must have ended. `rests`: nothing follows for now. An error
     /// makes the session void.
-    fn begin_commit(&mut self, job: &Job, rests: bool) -> Result<(), Error> {
+    pub(super) fn begin_commit(&mut self, job: &Job, rests: bool) -> Result<(), Error> {
         let mut marks = Vec::new();
         for (i, applied) in self.applied.iter().enumerate() {
             let Some((position, time)) = applied.filter(|_| *applied != self.committed[i]) else { continue };
@@ -338,15 +351,16 @@ impl Session {
             changes
         };
         let runs = std::mem::take(&mut self.runs);
+        let letters = std::mem::take(&mut self.letters);
         self.committing = Some((self.applied.clone(), std::mem::take(&mut self.has_applied)));
         self.last_commit = Instant::now();
-        self.committer.begin(Commit { marks, changes, runs, module: job.module.hash.clone(), rests });
+        self.committer.begin(Commit { marks, changes, runs, module: job.module.hash.clone(), letters, rests });
         Ok(())
     }
 
     /// Hears of a commit that has ended, or waits for its end; answers whether there were events in it. An error makes
     /// the session void.
-    fn end_commit(&mut self, wait: bool) -> Result<Option<bool>, Error> {
+    pub(super) fn end_commit(&mut self, wait: bool) -> Result<Option<bool>, Error> {
         if !self.committer.ended(wait)? {
             return Ok(None);
         }
@@ -355,6 +369,12 @@ impl Session {
         self.committed = done;
         Ok(Some(had_applied))
     }
+}
+
+/// What is read of each event.
+pub(super) fn columns(job: &Job, park: &Park) -> ColumnSet {
+    let batch = job.module.manifest.batch;
+    if park.is_empty() { batch } else { batch.union(ColumnSet::from_iter([BatchColumn::Streams])) }
 }
 
 /// Takes the order of the live generation, if that is what the job says. Answers true if that order is of no use: the

@@ -11,11 +11,11 @@ use super::Error;
 use super::merge::Step;
 use super::session::Session;
 use super::worker::{Course, Job};
-use crate::config::BatchLimits;
+use crate::config::{BatchLimits, Policy};
 use crate::log::EventLog;
 use crate::model::{Checkpoint, Position};
 use crate::plugin::Module;
-use crate::view::{Changes, Commit, Generation, Mark};
+use crate::view::{Commit, Generation, LetterChanges, Mark};
 
 /// Which events are folded by which module.
 #[derive(Clone)]
@@ -84,6 +84,9 @@ impl Shadow {
             notices: mpsc::unbounded_channel().0,
             id: 0,
             proving: false,
+            // An event that cannot be applied is what a proof is to show.
+            policy: watch::channel(Policy::Pause).1,
+            max_dead_letters: 0,
         };
         let mut session = Session::open(&job)?;
         session.selection = Some(Selection { until: until.clone(), without: without.collect() });
@@ -173,6 +176,7 @@ fn begin_after(fold: &Fold<'_>, file: &Path) -> Result<(), Error> {
         return Ok(());
     }
     let module = fold.module.hash.clone();
-    let commit = Commit { marks, changes: Arc::new(Changes::default()), runs: Vec::new(), module, rests: false };
+    let (changes, letters) = (Arc::default(), LetterChanges::default());
+    let commit = Commit { marks, changes, runs: Vec::new(), module, letters, rests: false };
     Ok(Generation::open(file, &fold.module.manifest)?.commit(&commit)?)
 }

@@ -1,5 +1,6 @@
 //! The loop: read a batch, apply it, commit; on a thread of its own for each generation that is being followed.
 
+use std::collections::VecDeque;
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -8,13 +9,14 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::Error;
+use super::failure::{Outcome, Request, Retry, Treatment, retry_wait};
 use super::merge::Step;
 use super::session::Session;
-use crate::config::{BatchLimits, limits};
+use crate::config::{BatchLimits, Policy, limits};
 use crate::log::{EventLog, Heads};
-use crate::model::{Checkpoint, Position, Time};
+use crate::model::{Checkpoint, FailureReport, Position, Time};
 use crate::plugin::Module;
-use crate::view;
+use crate::view::{self, LetterCounts};
 
 /// What a worker follows.
 #[derive(Clone, Debug)]
@@ -40,6 +42,17 @@ pub(super) struct Job {
     /// Whether there is a former module to go back to. Then nothing of this one is committed before a batch of it has
     /// succeeded, and a failure before that is the module's, whichever event it was.
     pub(super) proving: bool,
+    /// What to do about an event that cannot be applied.
+    pub(super) policy: watch::Receiver<Policy>,
+    pub(super) max_dead_letters: u64,
+}
+
+/// Why a worker has ended by itself.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Fault {
+    pub(super) reason: String,
+    /// The event at which it stands, if it is an event's fault.
+    pub(super) report: Option<Box<FailureReport>>,
 }
 
 /// What the manager hears from a worker.
@@ -52,7 +65,7 @@ pub(super) enum Notice {
     /// The checkpoint given with `Finish` is passed; waiting for the promotion.
     Passed,
     /// It has ended, because going on would lose or corrupt data.
-    Faulted(String),
+    Faulted(Fault),
 }
 
 /// What a worker is told.
@@ -63,6 +76,8 @@ pub(super) enum Command {
     Finish(Checkpoint),
     /// This generation is live now: follow the log.
     Lead,
+    /// Do something about dead letters, between two batches.
+    Treat(Request),
 }
 
 /// How far a worker has come, in memory only; the database gets checkpoints.
@@ -74,6 +89,8 @@ pub struct Progress {
     pub rate: f64,
     /// When that was measured.
     pub measured: Option<Instant>,
+    /// Events that it has left out, as of the last commit.
+    pub dead_letters: LetterCounts,
     /// What it is doing.
     pub activity: Activity,
     /// What it is in the middle of, and since when; None before it began.
@@ -170,14 +187,21 @@ impl Worker {
                     ready: false,
                     proved: false,
                     stopping: false,
+                    requests: VecDeque::new(),
+                    retry: None,
                 };
                 let run = std::panic::AssertUnwindSafe(|| work.run());
-                let ended = std::panic::catch_unwind(run)
-                    .unwrap_or_else(|_| Some("a bug in shadowbox; report it with the log, and restart".to_owned()));
-                if let Some(reason) = ended {
-                    tracing::error!(%reason, "the projection is faulted");
+                let ended = std::panic::catch_unwind(run).unwrap_or_else(|_| {
+                    let reason = "a bug in shadowbox; report it with the log, and restart".to_owned();
+                    Some(Fault { reason, report: None })
+                });
+                if let Some(fault) = ended {
+                    let cause = fault.report.as_ref().map(|report| &report.cause);
+                    let backtrace = cause.and_then(|cause| cause.backtrace.as_deref());
+                    let output = cause.and_then(|cause| cause.output.as_deref());
+                    tracing::error!(reason = fault.reason, backtrace, output, "the projection is faulted");
                     // The manager is gone only when everything stops.
-                    let _ = notices.send((id, Notice::Faulted(reason)));
+                    let _ = notices.send((id, Notice::Faulted(fault)));
                 }
                 let _ = end.send(());
             })
@@ -230,6 +254,10 @@ struct Work {
     proved: bool,
     /// `Stop` has come: whatever happens now, do not begin again.
     stopping: bool,
+    /// What is to be done about dead letters.
+    requests: VecDeque<Request>,
+    /// The request that is being carried out.
+    retry: Option<Retry>,
 }
 
 /// How often a builder that has come as far as the live generation looks whether that has gone on.
@@ -240,7 +268,7 @@ const FOREVER: Duration = Duration::from_secs(86_400);
 
 impl Work {
     /// Runs until stopped (None) or faulted (why).
-    fn run(mut self) -> Option<String> {
+    fn run(mut self) -> Option<Fault> {
         let mut retries = 0;
         loop {
             let before = self.job.checkpoint.borrow().clone();
@@ -248,6 +276,9 @@ impl Work {
                 Leave::Stopped => return None,
                 Leave::Failed(error) => error,
             };
+            if let Some(retry) = self.retry.take() {
+                retry.fail(&error.to_string());
+            }
             // Progress resets the budget: only a host that does not recover uses it up.
             if *before != **self.job.checkpoint.borrow() {
                 retries = 0;
@@ -257,17 +288,38 @@ impl Work {
                 tracing::warn!(%error, "stopped without the last commit");
                 return None;
             }
-            let wait = limits::RETRY_FIRST * 2_u32.pow(retries);
-            retries += 1;
-            if !is_transient(&error) || retries > limits::RETRIES {
-                return Some(error.to_string());
+            if !is_transient(&error) {
+                let reason = error.to_string();
+                let report = if let Error::Event(report) = error { Some(report) } else { None };
+                return Some(Fault { reason, report });
             }
+            if retries == limits::RETRIES {
+                return Some(Fault { reason: format!("{error} (tried {} times)", retries + 1), report: None });
+            }
+            let wait = retry_wait(&self.job.module.manifest.projection, retries);
+            retries += 1;
             tracing::warn!(%error, ?wait, "going back to the last commit");
             self.publish(|p| p.activity = Activity::Retrying(error.to_string()));
-            if let Wake::Command(command) = self.wait(wait)
-                && !self.obey(command)
-            {
+            if !self.pause(wait) {
                 return None;
+            }
+        }
+    }
+
+    /// Waits all of the time, whatever comes meanwhile; only to stop is done at once. False: stop.
+    fn pause(&mut self, time: Duration) -> bool {
+        let end = Instant::now() + time;
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            let command = self.runtime.block_on(async {
+                tokio::select! {
+                    command = self.commands.recv() => Some(command),
+                    () = tokio::time::sleep(left) => None,
+                }
+            });
+            let Some(command) = command else { return true };
+            if !self.obey(command) {
+                return false;
             }
         }
     }
@@ -295,6 +347,9 @@ impl Work {
             if !self.obey(Some(command)) {
                 return self.finish(session);
             }
+        }
+        if self.treat(session)? {
+            return Ok(());
         }
         if matches!(self.job.course, Course::Log) {
             session.merge.lead();
@@ -327,6 +382,53 @@ impl Work {
         Ok(())
     }
 
+    /// Does the next part of what is to be done about dead letters. False: there is nothing to do.
+    fn treat(&mut self, session: &mut Session) -> Result<bool, Leave> {
+        if let Some(mut retry) = self.retry.take() {
+            let done = session.retry(&self.job, &mut retry);
+            let is_done = retry.is_done();
+            // Before anything that can fail, so that whoever waits hears of it.
+            self.retry = Some(retry);
+            if done? {
+                self.commit_now(session)?;
+            }
+            if is_done {
+                session.load_park(&self.job)?;
+                self.report(session, false);
+                self.retry.take().expect("it was just put back").finish(session.park.counts);
+            }
+            return Ok(true);
+        }
+        let Some(request) = self.requests.pop_front() else { return Ok(false) };
+        // What was set aside since the last commit must be in the file.
+        if session.has_uncommitted() || session.is_committing() {
+            self.commit_now(session)?;
+        }
+        match request.treatment {
+            Treatment::Retry => self.retry = session.select(&self.job, request)?,
+            Treatment::Discard => {
+                let answer = match session.discard(&self.job, &request.selector)? {
+                    Err(refusal) => Err(refusal),
+                    Ok(discarded) => {
+                        self.commit_now(session)?;
+                        session.load_park(&self.job)?;
+                        self.report(session, false);
+                        Ok(Outcome { discarded, left: session.park.counts, ..Outcome::default() })
+                    }
+                };
+                // Whoever asked may have gone away.
+                let _ = request.reply.send(answer);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Returns when everything is committed; more follows.
+    fn commit_now(&mut self, session: &mut Session) -> Result<(), Leave> {
+        self.commit(session, true, false)?;
+        self.commit(session, false, true)
+    }
+
     fn finish(&mut self, session: &mut Session) -> Result<(), Leave> {
         let due = session.has_uncommitted();
         self.commit(session, due, true)?;
@@ -340,6 +442,7 @@ impl Work {
                 self.stopping = true;
                 return false;
             }
+            Some(Command::Treat(request)) => self.requests.push_back(request),
             Some(Command::Finish(target)) => self.finishing = Some(target),
             Some(Command::Lead) => {
                 self.job.course = Course::Log;
@@ -416,6 +519,7 @@ impl Work {
         let done = done.filter_map(|(source, done)| done.map(|(p, t)| (source.clone(), p, t))).collect();
         self.publish(|progress| {
             progress.done = done;
+            progress.dead_letters = session.park.counts;
             progress.rate = session.rate.events_a_second;
             progress.measured = Some(Instant::now());
             progress.activity = if at_rest { Activity::AtHead } else { Activity::CatchingUp };
@@ -434,6 +538,6 @@ fn is_transient(error: &Error) -> bool {
         Error::View(error) => error.is_transient(),
         Error::Host(_) => true,
         Error::FirstBatch { .. } | Error::Record { .. } | Error::Types => false,
-        Error::Plugin(_) | Error::Event { .. } | Error::LogReplaced { .. } => false,
+        Error::Plugin(_) | Error::Event(_) | Error::Full { .. } | Error::LogReplaced { .. } => false,
     }
 }

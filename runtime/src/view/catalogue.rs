@@ -3,14 +3,14 @@
 //! It is a small database of its own. Which rows are complete to where is not in it: that stands with the rows. So a
 //! crash between a generation's last commit and its promotion loses nothing; the promotion is done after the restart.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteRow};
 use sqlx::{Row, SqliteConnection};
 
 use super::{Error, Generation};
-use crate::config::limits;
+use crate::config::{Policy, limits};
 use crate::fault;
 use crate::manifest::Manifest;
 use crate::model::Time;
@@ -88,6 +88,8 @@ const SCHEMA: &str = "
         PRIMARY KEY (projection, number)) STRICT;
     CREATE UNIQUE INDEX IF NOT EXISTS one_live ON generations (projection) WHERE role = 'live';
     CREATE UNIQUE INDEX IF NOT EXISTS one_building ON generations (projection) WHERE role = 'building';
+    -- What somebody said while Shadowbox ran; it wins over the configuration.
+    CREATE TABLE IF NOT EXISTS policies (projection TEXT PRIMARY KEY, policy TEXT NOT NULL) STRICT;
     -- A number is never given out twice, not even after its generation is gone: readers tell generations by it.
     CREATE TABLE IF NOT EXISTS numbers (projection TEXT PRIMARY KEY, last INTEGER NOT NULL) STRICT;
     CREATE TABLE IF NOT EXISTS held (projection TEXT PRIMARY KEY, module TEXT NOT NULL) STRICT;";
@@ -303,6 +305,32 @@ impl Catalogue {
             None => sqlx::query("DELETE FROM held WHERE projection = ?").bind(projection),
         };
         query.execute(&self.pool).await.map(drop).map_err(|e| self.failed(e))
+    }
+
+    /// The policies that were set while Shadowbox ran, by projection.
+    pub async fn policies(&self) -> Result<BTreeMap<String, Policy>, Error> {
+        let rows: Vec<(String, String)> = sqlx::query_as("SELECT projection, policy FROM policies")
+            .fetch_all(&self.pool)
+            .await
+            .map_err(|e| self.failed(e))?;
+        let parsed = rows.into_iter().map(|(projection, policy)| {
+            policy
+                .parse()
+                .map(|policy| (projection, policy))
+                .map_err(|e: String| self.failed(sqlx::Error::Decode(e.into())))
+        });
+        parsed.collect()
+    }
+
+    /// Keeps a projection's policy, or, with None, forgets it.
+    pub async fn set_policy(&self, projection: &str, policy: Option<Policy>) -> Result<(), Error> {
+        let statement = match policy {
+            Some(policy) => sqlx::query("INSERT OR REPLACE INTO policies (projection, policy) VALUES (?, ?)")
+                .bind(projection)
+                .bind(policy.name()),
+            None => sqlx::query("DELETE FROM policies WHERE projection = ?").bind(projection),
+        };
+        statement.execute(&self.pool).await.map(drop).map_err(|e| self.failed(e))
     }
 
     /// Notes that another module builds this generation from now on.

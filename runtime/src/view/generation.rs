@@ -10,9 +10,9 @@ use std::thread::JoinHandle;
 
 use rusqlite::{Connection, OpenFlags, OptionalExtension, TransactionBehavior, params};
 
-use super::Error;
 use super::changes::{Changes, table};
 use super::row::Table;
+use super::{Error, dead_letters};
 use crate::config::limits;
 use crate::fault;
 use crate::manifest::{Manifest, hex};
@@ -59,6 +59,8 @@ pub struct Commit {
     pub module: String,
     /// Nothing follows for now.
     pub rests: bool,
+    /// What becomes a dead letter, and what is none any more.
+    pub letters: dead_letters::LetterChanges,
 }
 
 /// A generation's file, opened by its one writer.
@@ -81,6 +83,7 @@ impl Generation {
             let mut connection = connect(path, OpenFlags::SQLITE_OPEN_CREATE)?;
             let tx = connection.transaction()?;
             tx.execute_batch(SCHEMA)?;
+            tx.execute_batch(dead_letters::SCHEMA)?;
             for statement in manifest.views.iter().flat_map(|view| Table::new(view).ddl()) {
                 tx.execute_batch(&statement)?;
             }
@@ -106,6 +109,8 @@ impl Generation {
         if stored.views != manifest.views {
             return Err(mismatch("the columns, keys or indexes differ".into()));
         }
+        // Files from before there were dead letters have no table for them.
+        connection.execute_batch(dead_letters::SCHEMA).map_err(failed)?;
         let marks = read_marks(&connection).map_err(failed)?;
         let identity = identity(path).ok_or_else(|| Error::Removed { path: path.to_owned() })?;
         Ok(Generation { path: path.to_owned(), identity, connection, tables, fence, marks })
@@ -128,9 +133,7 @@ impl Generation {
 
     /// Reads committed rows through a connection of its own.
     pub fn rows(&self) -> Result<CommittedRows, Error> {
-        let connection = read_only(&self.path)?;
-        connection.set_prepared_statement_cache_capacity(2 * limits::VIEWS);
-        Ok(CommittedRows { path: self.path.clone(), connection, tables: self.tables.clone(), reading: false })
+        CommittedRows::open(&self.path, self.tables.clone())
     }
 
     /// Writes rows and checkpoint in one transaction, if the stored checkpoint is still the one that this writer knows
@@ -203,6 +206,7 @@ impl Generation {
             let runs = rmp_serde::to_vec(&runs).expect("writing to memory cannot fail");
             tx.prepare_cached("INSERT INTO _shadowbox_order (runs) VALUES (?)")?.execute([runs])?;
         }
+        dead_letters::write(&tx, &commit.letters)?;
         tx.prepare_cached("UPDATE _shadowbox_generation SET module = ?1 WHERE module <> ?1")?
             .execute([&commit.module])?;
         fail("commit.checkpoint", &tx)?;
@@ -226,6 +230,13 @@ pub struct CommittedRows {
 }
 
 impl CommittedRows {
+    /// Reads in the file of a generation with these tables.
+    pub fn open(path: &Path, tables: Arc<[Table]>) -> Result<CommittedRows, Error> {
+        let connection = read_only(path)?;
+        connection.set_prepared_statement_cache_capacity(2 * limits::VIEWS);
+        Ok(CommittedRows { path: path.to_owned(), connection, tables, reading: false })
+    }
+
     /// A row in its encoded form. The inner error is a sentence about what was asked for: no such view, no such key.
     pub fn get(&mut self, view: u32, key: &[u8]) -> Result<Result<Option<Vec<u8>>, String>, Error> {
         let table = match table(&self.tables, view).and_then(|table| table.check_key(key).map(|()| table)) {

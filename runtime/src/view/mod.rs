@@ -1,13 +1,14 @@
 //! Views: rows, the files that hold them, and the only transaction that changes them.
 //!
-//! Each generation of a projection is one SQLite file with its views, its checkpoint and its merge record
-//! ([`Generation`]). The [`Catalogue`] says which generation is live. Reading is apart: [`query`] is a typed query of one
-//! view, [`readers`] runs it, [`sql`] runs SQL over all of them, [`render`] shows rows, [`compare`] tells generations
-//! apart.
+//! Each generation of a projection is one SQLite file with its views, its checkpoint, its merge record and its dead
+//! letters ([`Generation`], [`DeadLetters`]). The [`Catalogue`] says which generation is live. Reading is apart: [`query`]
+//! is a typed query of one view, [`readers`] runs it, [`sql`] runs SQL over all of them, [`render`] shows rows,
+//! [`compare`] tells generations apart.
 
 mod catalogue;
 mod changes;
 pub mod compare;
+mod dead_letters;
 mod generation;
 pub mod query;
 pub mod readers;
@@ -22,6 +23,7 @@ use crate::model::Checkpoint;
 
 pub use catalogue::{Catalogue, GenerationRecord, ProjectionRecord, Role};
 pub use changes::Changes;
+pub use dead_letters::{DeadLetter, DeadLetters, LetterChanges, LetterCounts, LetterState, Selector};
 pub use generation::{Commit, CommittedRows, Committer, Generation, Mark, Order, Run};
 pub use row::Table;
 pub use scratch::Scratch;

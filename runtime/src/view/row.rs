@@ -12,6 +12,8 @@
 //!
 //! Timestamps and uuids are text in SQLite because people read these files with any SQLite tool.
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use rmp::Marker;
 use rusqlite::types::{ToSqlOutput, ValueRef};
 use rusqlite::{Row, ToSql};
@@ -145,6 +147,19 @@ impl Table {
         Ok(())
     }
 
+    /// A checked key and row as JSON by column: `{"view", "key", "row"}`. Values look as they do in answers to queries.
+    pub fn json(&self, key: &[u8], row: Option<&[u8]>) -> serde_json::Value {
+        let object = |columns: &[usize], mut bytes: &[u8]| {
+            let pair = |&i: &usize| {
+                let column = &self.schema.columns[i];
+                (column.name.clone(), decode(column, &mut bytes).expect("checked when it came").json(column.kind))
+            };
+            serde_json::Value::Object(columns.iter().map(pair).collect())
+        };
+        let row = row.map(|row| object(&self.values, row));
+        serde_json::json!({"view": self.schema.name, "key": object(&self.key, key), "row": row})
+    }
+
     /// A stored row in the form that plugins get. Its columns are those of `select`.
     pub(super) fn encode(&self, row: &Row<'_>) -> rusqlite::Result<Vec<u8>> {
         let mut out = Vec::with_capacity(16 * self.values.len());
@@ -211,6 +226,26 @@ impl ToSql for Value<'_> {
             }
             Value::Uuid(uuid) => ToSqlOutput::from(uuid.hyphenated().to_string()),
         })
+    }
+}
+
+impl Value<'_> {
+    fn json(&self, kind: ColumnType) -> serde_json::Value {
+        match self {
+            Value::Null => serde_json::Value::Null,
+            Value::Text(text) if kind == ColumnType::Json => serde_json::from_str(text).expect("checked when it came"),
+            Value::Text(text) => (*text).into(),
+            Value::Integer(i) => (*i).into(),
+            Value::Real(r) => (*r).into(),
+            Value::Boolean(b) => (*b).into(),
+            Value::Bytes(bytes) => STANDARD.encode(bytes).into(),
+            Value::Timestamp(time) => {
+                let mut text = String::with_capacity(27);
+                time.write_sortable(&mut text);
+                text.into()
+            }
+            Value::Uuid(uuid) => uuid.hyphenated().to_string().into(),
+        }
     }
 }
 
