@@ -265,6 +265,7 @@ pub mod __private {
     pub use crate::event::{Payload, Subscription};
     pub use crate::key::KeyHasher;
     pub use crate::projection::{Definition, Failure, Takes, assert_distinct, fold, takes};
+    #[cfg(not(target_arch = "wasm32"))]
     pub use crate::testkit::InProcess;
     pub use crate::wire::Batch;
 }

@@ -483,8 +483,8 @@ mod tests {
         assert_eq!(compare(Some(side), None, 9, &mut || true).unwrap().unwrap().live.unwrap().rows, 1);
         writer
             .execute_batch(
-                "CREATE TABLE _shadowbox_dead_letters (number INTEGER PRIMARY KEY, source TEXT, position INTEGER);
-                 INSERT INTO _shadowbox_dead_letters VALUES (1, 's', 2); COMMIT;",
+                "INSERT INTO _shadowbox_dead_letters (source, position, stream, type, id, time, state)
+                 VALUES ('s', 2, '', 'T', 'i', 0, 'skipped'); COMMIT;",
             )
             .unwrap();
         let snapshot = Snapshot::take(&live, folder.path().join("second.sqlite")).unwrap();

@@ -163,13 +163,6 @@ impl DeadLetters {
         Ok(DeadLetters { path: file.to_owned(), connection, exist })
     }
 
-    /// The events that a generation leaves out, as sources and positions: whoever computes its rows in another way
-    /// leaves out the same.
-    pub fn positions(file: &Path) -> Result<Vec<(String, Position)>, Error> {
-        let sql = "SELECT source, position FROM _shadowbox_dead_letters ORDER BY source, position";
-        DeadLetters::open(file)?.rows(sql, [], |r| Ok((r.get(0)?, Position(r.get::<_, i64>(1)? as u64))))
-    }
-
     /// How many there are.
     pub fn counts(&self) -> Result<LetterCounts, Error> {
         let sql = "SELECT state, count(*) FROM _shadowbox_dead_letters GROUP BY state";
