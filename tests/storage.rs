@@ -148,6 +148,7 @@ fn a_view_file_that_is_locked_is_a_stall_that_is_seen_and_ends_by_itself() {
     assert!(view["reason"].as_str().unwrap().contains("a commit to the view file"), "{view}");
     assert_eq!(world.get("/healthz").status, 200, "it is alive");
     assert!(world.ok(&["status"]).contains("stalled"));
+    wait_for("the stall in the log", || world.log().contains("a commit to the view file").then_some(()));
     lock.release();
     check_rows(&world, 600);
     world.wait_live("ledger");

@@ -9,7 +9,7 @@ use anyhow::Result;
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::value::RawValue;
-use shadowbox::model::{Checkpoint, Time};
+use shadowbox::model::Checkpoint;
 use shadowbox::proof::{
     self, Action, Cost, Differing, PlanRequest, Planned, Progress, Run, Tell, Verified, VerifyRequest,
 };
@@ -63,7 +63,7 @@ impl Verify {
     pub(super) async fn run(self, common: &Common) -> Result<ExitCode> {
         let config = common.existing()?;
         // Short enough to be typed again.
-        let seed = self.seed.unwrap_or_else(|| Time::now().microseconds().unsigned_abs() % 1_000_000);
+        let seed = self.seed.unwrap_or_else(|| uuid::Uuid::new_v4().as_u64_pair().1 % 1_000_000);
         let request = VerifyRequest { projection: self.projection, at: self.at, seed };
         let verified = proof::verify(&config, request, watch()?).await?;
         if self.json {
