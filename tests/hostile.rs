@@ -7,7 +7,7 @@ use serde_json::json;
 use shadowbox::config::SandboxLimits;
 use shadowbox::model::{Columns, Position, RawEvent, Time};
 use shadowbox::plugin::{Engine, Failure, Module, RowError, Rows};
-use shadowbox::view::{Changes, Commit, CommittedRows, Generation, LetterChanges, Table};
+use shadowbox::view::{Changes, Commit, CommittedRows, Generation, Table};
 use tempfile::TempDir;
 
 use crate::support::{World, event, module, moved, patched};
@@ -119,15 +119,9 @@ impl Bench {
         let mut changes = Changes::default();
         changes.absorb(&tables, large_row()).unwrap();
         let (marks, runs, module_hash) = (Vec::new(), Vec::new(), module.hash.clone());
+        let letters = shadowbox::view::LetterChanges::default();
         generation
-            .commit(&Commit {
-                marks,
-                changes: Arc::new(changes),
-                runs,
-                module: module_hash,
-                letters: LetterChanges::default(),
-                rests: true,
-            })
+            .commit(&Commit { marks, changes: Arc::new(changes), runs, module: module_hash, letters, rests: true })
             .unwrap();
         let rows = Arc::new(Mutex::new(Stored(generation.rows().unwrap())));
         Bench { module, rows, tables, _directory: directory }

@@ -12,7 +12,7 @@ use shadowbox::config::SandboxLimits;
 use shadowbox::manifest::{CONTRACT, Manifest};
 use shadowbox::model::Position;
 use shadowbox::plugin::{Engine, Error};
-use shadowbox::view::{Changes, Commit, Generation, LetterChanges, Mark, Table};
+use shadowbox::view::{Changes, Commit, Generation, Mark, Table};
 
 use crate::hostile::{Bench, engine};
 use crate::support::module;
@@ -319,14 +319,9 @@ fn whatever_is_taken_of_an_answer_can_be_stored_and_reads_back_the_same() {
         let position = Position(taken.replace_with(|n| *n + 1));
         let mark = Mark { position, time: shadowbox::model::Time::EPOCH, fingerprint: 0, log: "l".into() };
         let (marks, changes) = (vec![("a".into(), mark)], Arc::new(pending));
-        let commit = Commit {
-            marks,
-            changes: changes.clone(),
-            runs: Vec::new(),
-            module: "m".into(),
-            letters: LetterChanges::default(),
-            rests: false,
-        };
+        let letters = shadowbox::view::LetterChanges::default();
+        let commit =
+            Commit { marks, changes: changes.clone(), runs: Vec::new(), module: "m".into(), letters, rests: false };
         let mut generation = generation.borrow_mut();
         generation.commit(&commit).map_err(|e| TestCaseError::fail(e.to_string()))?;
         // Each element as it was answered, the last one for a key being what counts.

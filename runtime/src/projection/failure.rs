@@ -13,7 +13,7 @@ use tokio::sync::oneshot;
 
 use super::Error;
 use super::session::{Session, columns};
-use super::worker::Job;
+use super::worker::{Job, Task};
 use crate::config::{Policy, limits};
 use crate::log::EventLog;
 use crate::manifest::Manifest;
@@ -377,7 +377,9 @@ impl Session {
         if letters.is_empty() {
             return Ok(false);
         }
-        let failure = match self.apply_encoded(job, &encode(&job.module.manifest, &events)) {
+        let EventName { source, position, .. } = &letters[0].event;
+        let task = Task::Applying { events: letters.len(), source: source.as_str().into(), position: *position };
+        let failure = match self.apply_encoded(job, task, &encode(&job.module.manifest, &events)) {
             Ok(()) => {
                 retry.outcome.applied += letters.len() as u64;
                 retry.size = (retry.size * 2).min(job.limits.events);

@@ -47,7 +47,7 @@ pub fn replay(
     let mut instance = module.instantiate(recorder.clone()).map_err(host)?;
     let applied = instance.apply(&encode(&module.manifest, std::slice::from_ref(&event)));
     let failure = match applied {
-        Ok(changes) => Changes::default().absorb(&tables, changes).err().map(|message| Failure::Trap { message }),
+        Ok(changes) => Changes::default().absorb(&tables, changes).err().map(|message| Failure::Invalid { message }),
         Err(failure @ Failure::Host(_)) => return Err(host(failure)),
         Err(failure) => Some(failure),
     };

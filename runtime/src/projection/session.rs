@@ -255,15 +255,15 @@ impl Session {
 
     fn apply(&mut self, job: &Job) -> Result<(), Failure> {
         let encoded = self.batch.encode(&self.merge.sources, self.merge.types(), job.module.manifest.batch);
-        job.doing(Task::Applying {
+        let task = Task::Applying {
             events: self.batch.len(),
             source: self.merge.sources[usize::from(self.batch.source(0))].clone(),
             position: self.batch.position(0),
-        });
-        self.apply_encoded(job, &encoded)
+        };
+        self.apply_encoded(job, task, &encoded)
     }
 
-    pub(super) fn apply_encoded(&mut self, job: &Job, batch: &[u8]) -> Result<(), Failure> {
+    pub(super) fn apply_encoded(&mut self, job: &Job, task: Task, batch: &[u8]) -> Result<(), Failure> {
         self.was_fresh = self.instance.is_none();
         let instance = match &mut self.instance {
             Some(instance) => instance,
@@ -273,10 +273,10 @@ impl Session {
                 none.insert(made.map_err(|failure| Failure::Host(failure.to_string()))?)
             }
         };
+        job.doing(task);
         let changes = instance.apply(batch);
         let tables = self.tables.clone();
         let mut state = self.state();
-        // What is committed next is to be seen by the next batch.
         if let Err(error) = state.committed.release() {
             let message = error.to_string();
             state.failed = Some(error);
@@ -285,9 +285,10 @@ impl Session {
         state.pending.absorb(&tables, changes?).map_err(|message| Failure::Invalid { message })
     }
 
-    /// Why a call failed that failed by no fault of the plugin's.
+    /// A failure of the host's as it was, if it was one of the files'.
     pub(super) fn host_error(&self, message: String) -> Error {
-        self.state().failed.take().map_or(Error::Host(message), Error::View)
+        let failed = self.state().failed.take();
+        failed.map_or(Error::Host(message), Error::View)
     }
 
     /// `events` are dealt with; the next batch may be larger, unless the bad one is still to be found.
