@@ -4,13 +4,12 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use proptest::prelude::*;
-use proptest::test_runner::{Config, TestRunner};
 use shadowbox::config::{Policy, Written, WrittenBatch, WrittenFailures};
 use shadowbox::log::cloudevents;
 use shadowbox::model::{Checkpoint, NewEvent};
 use shadowbox::supervisor::{LiveView, Runtime};
 
-use crate::support::{DEADLINE, event, module};
+use crate::support::{DEADLINE, event, module, properties};
 
 #[derive(Clone, Debug)]
 enum Step {
@@ -193,12 +192,6 @@ async fn catch_up(moves: &[(bool, u8, i64)], limits: Limits) {
     runtime.shutdown().await;
 }
 
-pub(crate) fn runner(name: &'static str) -> TestRunner {
-    let cases = std::env::var("PROPTEST_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(24);
-    // Failing seeds are kept beside this file.
-    TestRunner::new(Config { cases, source_file: Some(name), ..Config::default() })
-}
-
 #[test]
 fn any_batches_and_any_restarts_give_the_rows_of_a_plain_fold_and_of_a_rebuild() {
     let tokio = tokio::runtime::Runtime::new().unwrap();
@@ -206,7 +199,7 @@ fn any_batches_and_any_restarts_give_the_rows_of_a_plain_fold_and_of_a_rebuild()
         tokio.block_on(follow(&steps, limits));
         Ok(())
     };
-    runner(file!()).run(&(steps(), limits()), run).unwrap();
+    properties(24, file!()).run(&(steps(), limits()), run).unwrap();
 }
 
 #[test]
@@ -217,5 +210,5 @@ fn what_was_there_before_is_taken_by_time_then_source_then_position() {
         tokio.block_on(catch_up(&moves, limits));
         Ok(())
     };
-    runner(file!()).run(&(moves, limits()), run).unwrap();
+    properties(24, file!()).run(&(moves, limits()), run).unwrap();
 }

@@ -13,7 +13,7 @@ use shadowbox::supervisor::Treatment;
 use shadowbox::view::{DeadLetters, LetterCounts, Selector};
 
 use crate::batches::{self, Limits, Rows, new_world, stored, wait};
-use crate::support::{World, module, root, wait_for};
+use crate::support::{World, module, properties, root, wait_for};
 
 /// An event of a stream that is named after its account.
 fn line(source: &str, event_type: &str, n: i64, account: &str, amount: i64) -> String {
@@ -448,5 +448,5 @@ fn parked_and_retried_each_stream_is_folded_in_order() {
         tokio.block_on(park_and_retry(&before, &after, limits));
         Ok(())
     };
-    batches::runner(file!()).run(&(made(), made(), batches::limits()), run).unwrap();
+    properties(24, file!()).run(&(made(), made(), batches::limits()), run).unwrap();
 }

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use proptest::prelude::*;
-use proptest::test_runner::{Config, FailurePersistence, FileFailurePersistence, TestRunner};
 use serde_json::{Value, json};
 use shadowbox::config::SandboxLimits;
 use shadowbox::manifest::{CONTRACT, Manifest};
@@ -15,15 +14,7 @@ use shadowbox::plugin::{Engine, Error};
 use shadowbox::view::{Changes, Commit, Generation, Mark, Table};
 
 use crate::hostile::{Bench, engine};
-use crate::support::module;
-
-/// As many cases as fit into a few seconds, or as `PROPTEST_CASES` says. A failing seed is kept beside this file.
-fn runner(cases: u32) -> TestRunner {
-    let cases = if std::env::var_os("PROPTEST_CASES").is_some() { Config::default().cases } else { cases };
-    let seeds = FileFailurePersistence::WithSource("regressions");
-    let failure_persistence: Option<Box<dyn FailurePersistence>> = Some(Box::new(seeds));
-    TestRunner::new(Config { cases, source_file: Some(file!()), failure_persistence, ..Config::default() })
-}
+use crate::support::{module, properties};
 
 /// A change of some bytes: where, as a part of the whole, and how.
 #[derive(Clone, Debug)]
@@ -94,7 +85,7 @@ fn damaged_modules_are_refused_or_run_within_their_limits() {
     let head = 0.02;
     let place = prop_oneof![Just(head), Just(1.0)];
     let damages = (place, proptest::collection::vec(damage(), 1..3));
-    let result = runner(24).run(&damages, |(part, damages)| {
+    let result = properties(24, file!()).run(&damages, |(part, damages)| {
         let end = (whole.len() as f64 * part) as usize;
         let bytes = [&damaged(&whole[..end], &damages), &whole[end..]].concat();
         // Either is fine. A panic, a crash or a hang is not.
@@ -161,7 +152,7 @@ fn damaged_manifests_are_refused_or_can_be_entered() {
     let damages = proptest::collection::vec(damage(), 0..3);
     let directory = tempfile::tempdir().unwrap();
     let entered = RefCell::new(0);
-    let result = runner(1_500).run(&(changes, damages), |(changes, damages)| {
+    let result = properties(1_500, file!()).run(&(changes, damages), |(changes, damages)| {
         let manifest = changes.into_iter().fold(manifest(), |m, (place, value)| changed(m, place, value));
         let bytes = damaged(manifest.to_string().as_bytes(), &damages);
         let Ok(manifest) = Manifest::parse(&String::from_utf8_lossy(&bytes)) else { return Ok(()) };
@@ -278,7 +269,7 @@ fn a_damaged_answer_or_question_ends_the_plugin_and_not_the_host() {
     let deed = prop::sample::select(vec!["AsksForWhatItIsTold", "Echoes"]);
     let bytes = prop_oneof![keys(), changes(), proptest::collection::vec(any::<u8>(), 0..50)];
     let damages = proptest::collection::vec(damage(), 0..3);
-    let result = runner(500).run(&(deed, bytes, damages), |(deed, bytes, damages)| {
+    let result = properties(500, file!()).run(&(deed, bytes, damages), |(deed, bytes, damages)| {
         if let Err(failure) = bench.meet(deed, &damaged(&bytes, &damages)) {
             let sentences =
                 ["get-many: ", "a row of view ", "are not an array", "the limit", "does not exist", "has op "];
@@ -309,7 +300,7 @@ fn whatever_is_taken_of_an_answer_can_be_stored_and_reads_back_the_same() {
     let generation = RefCell::new(Generation::open(&file, &manifest).unwrap());
     let taken = RefCell::new(0);
     let damages = proptest::collection::vec(damage(), 0..2);
-    let result = runner(1_500).run(&(changes(), damages), |(encoded, damages)| {
+    let result = properties(1_500, file!()).run(&(changes(), damages), |(encoded, damages)| {
         let encoded = damaged(&encoded, &damages);
         let mut pending = Changes::default();
         if let Err(refusal) = pending.absorb(&tables, encoded.clone()) {

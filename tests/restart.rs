@@ -1,10 +1,9 @@
 //! Stops, kills and restarts: nothing is applied twice, nothing is skipped.
 
 use proptest::prelude::*;
-use proptest::test_runner::{Config, TestRunner};
 use serde_json::Value;
 
-use crate::support::{World, module, moved, wait_for};
+use crate::support::{World, module, moved, properties, wait_for};
 
 /// The ledger's rows as a plain fold of one source makes them.
 fn fold(events: &[(String, i64)]) -> Vec<(String, i64, i64, i64)> {
@@ -47,9 +46,9 @@ fn a_clean_stop_and_a_start_go_on_where_they_were() {
 #[test]
 fn kill_9_at_random_moments_loses_nothing_and_applies_nothing_twice() {
     let (lines, events) = history(20_000);
-    // Small commits, so that there are many moments to be killed in. The failing seed is kept by proptest.
+    // Small commits, so that there are many moments to be killed in.
     let config = "[batch]\nevents = 50\ncommit_rows = 20\n";
-    let mut runner = TestRunner::new(Config { cases: 2, source_file: Some(file!()), ..Config::default() });
+    let mut runner = properties(2, file!());
     let moments = proptest::collection::vec(0..20_000_u64, 3);
     let result = runner.run(&moments, |mut moments| {
         let mut world = World::new();

@@ -8,6 +8,7 @@ use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
+use proptest::test_runner::{Config, FailurePersistence, FileFailurePersistence, TestRunner};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -24,6 +25,15 @@ pub(crate) fn wait_for<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
         assert!(begin.elapsed() < DEADLINE, "waited {DEADLINE:?} in vain for {what}");
         std::thread::park_timeout(Duration::from_millis(5));
     }
+}
+
+/// Runs properties: as many cases as are worth their time, or as `PROPTEST_CASES` says. A failing seed is kept beside the
+/// test's file.
+pub(crate) fn properties(cases: u32, file: &'static str) -> TestRunner {
+    let cases = if std::env::var_os("PROPTEST_CASES").is_some() { Config::default().cases } else { cases };
+    let seeds: Box<dyn FailurePersistence> = Box::new(FileFailurePersistence::WithSource("regressions"));
+    let failure_persistence = Some(seeds);
+    TestRunner::new(Config { cases, source_file: Some(file), failure_persistence, ..Config::default() })
 }
 
 pub(crate) fn root() -> &'static Path {
