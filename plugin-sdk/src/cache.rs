@@ -123,8 +123,8 @@ impl<V: View> Table<V> {
         }
     }
 
-    pub(crate) fn put(&mut self, row: V, event: u32) -> Result<()> {
-        check(&row)?;
+    pub(crate) fn put(&mut self, mut row: V, event: u32) -> Result<()> {
+        check(&mut row)?;
         let hash = hash::<V>(row.key());
         let entry = match self.find(hash, row.key()) {
             Some(entry) => {
@@ -345,7 +345,8 @@ fn hash<V: View>(key: V::Key<'_>) -> u64 {
 }
 
 #[inline]
-fn check<V: View>(row: &V) -> Result<()> {
+fn check<V: View>(row: &mut V) -> Result<()> {
+    row.normalize();
     row.check().map_err(|error| error.within(format_args!("a row of `{}`", V::SCHEMA.name)))
 }
 
@@ -380,6 +381,7 @@ mod tests {
         fn compare_keys(&self, other: &Self) -> Ordering {
             self.0.cmp(&other.0)
         }
+        fn normalize(&mut self) {}
         fn check(&self) -> Result<(), Error> {
             Ok(())
         }

@@ -68,6 +68,11 @@ pub trait Column: Sized + 'static {
         Ok(())
     }
 
+    /// Gives a value the form in which it comes back from the host, so that a row in the cache and the same row read
+    /// anew cannot be told apart: the database has no negative zero.
+    #[doc(hidden)]
+    fn normalize(&mut self) {}
+
     #[doc(hidden)]
     fn encode(&self, out: &mut Vec<u8>) -> Result<(), Error>;
 
@@ -384,6 +389,10 @@ impl Column for f64 {
     fn check(&self) -> Result<(), Error> {
         if self.is_finite() { Ok(()) } else { Err(Error::msg(format_args!("{self} is not a finite number"))) }
     }
+    fn normalize(&mut self) {
+        // -0.0 + 0.0 is 0.0; no other number changes.
+        *self += 0.0;
+    }
     fn encode(&self, out: &mut Vec<u8>) -> Result<(), Error> {
         value::written(rmp::encode::write_f64(out, *self));
         Ok(())
@@ -397,6 +406,9 @@ impl Column for f32 {
     const TYPE: ColumnType = ColumnType::Real;
     fn check(&self) -> Result<(), Error> {
         f64::from(*self).check()
+    }
+    fn normalize(&mut self) {
+        *self += 0.0;
     }
     fn encode(&self, out: &mut Vec<u8>) -> Result<(), Error> {
         f64::from(*self).encode(out)
@@ -453,6 +465,11 @@ impl<T: Column> Column for Option<T> {
     };
     fn check(&self) -> Result<(), Error> {
         self.as_ref().map_or(Ok(()), T::check)
+    }
+    fn normalize(&mut self) {
+        if let Some(value) = self {
+            value.normalize();
+        }
     }
     fn encode(&self, out: &mut Vec<u8>) -> Result<(), Error> {
         match self {

@@ -38,6 +38,9 @@ pub trait View: Sized + 'static {
     fn compare_keys(&self, other: &Self) -> Ordering;
 
     #[doc(hidden)]
+    fn normalize(&mut self);
+
+    #[doc(hidden)]
     fn check(&self) -> Result<(), Error>;
 
     #[doc(hidden)]

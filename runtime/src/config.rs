@@ -59,6 +59,10 @@ pub mod limits {
     pub const FOLDER_RESCAN: Duration = Duration::from_secs(1);
     /// How often the log is looked at for events that another process appended. The look reads one number.
     pub const LOG_POLL: Duration = Duration::from_millis(5);
+    /// The same when other processes have not appended for a while: a runtime that nobody feeds costs next to nothing.
+    pub const LOG_POLL_QUIET: Duration = Duration::from_millis(15);
+    /// How long that while is.
+    pub const LOG_QUIET: Duration = Duration::from_secs(1);
     /// How long a writer waits for another process's lock on a database.
     pub const DATABASE_BUSY: Duration = Duration::from_secs(10);
     /// Events that the log reads at once, and keeps in memory for other projections that are near. Fewer cost more

@@ -164,6 +164,10 @@ fn implement(view: &Ident, table: &Table, columns: &[Column<'_>]) -> TokenStream
     let key_value = if single { key_value } else { quote!((#key_value)) };
     let key_pattern = if single { quote!(#(#key_fields)*) } else { quote!((#(#key_fields,)*)) };
 
+    let normalized = columns.iter().map(|c| {
+        let (trait_, field) = (column(c), c.field);
+        quote!(#trait_::normalize(&mut self.#field);)
+    });
     let checked = columns.iter().map(|c| {
         let (trait_, field) = (column(c), c.field);
         quote!(#trait_::check(&self.#field)?;)
@@ -212,6 +216,9 @@ fn implement(view: &Ident, table: &Table, columns: &[Column<'_>]) -> TokenStream
             fn compare_keys(&self, other: &Self) -> ::core::cmp::Ordering {
                 ::core::cmp::Ordering::Equal
                     #(.then_with(|| #key_types::order(&self.#key_fields, &other.#key_fields)))*
+            }
+            fn normalize(&mut self) {
+                #(#normalized)*
             }
             fn check(&self) -> ::core::result::Result<(), #sdk::Error> {
                 #(#checked)*

@@ -94,6 +94,7 @@ fn behaviour(event: Event<Fact>, views: &mut Views) -> Result<()> {
                 "{} {} {} {} {} {:?}",
                 event.stream, event.version, event.time, event.metadata, event.position, event.payload
             ),
+            real: -0.0,
             ..Default::default()
         }),
     }
@@ -101,6 +102,12 @@ fn behaviour(event: Event<Fact>, views: &mut Views) -> Result<()> {
 
 fn put(id: &str) -> serde_json::Value {
     json!({ "id": id })
+}
+
+#[test]
+fn a_negative_zero_is_a_zero_because_the_database_has_no_other() {
+    let kit = TestKit::new(behaviour).given("a", "Raw", json!(1));
+    assert!(kit.rows::<Row>()[0].real.is_sign_positive());
 }
 
 #[test]

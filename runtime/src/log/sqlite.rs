@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, Weak};
+use std::time::Instant;
 
 use rusqlite::{Connection, OptionalExtension, TransactionBehavior, params};
 use sha2::{Digest, Sha256};
@@ -207,11 +208,12 @@ impl EventLog {
 fn poll(inner: &Weak<Inner>, stop: &(Mutex<bool>, Condvar)) {
     let mut connection = None;
     let mut seen = -1;
+    let mut moved = Instant::now();
     loop {
         {
             let Some(inner) = inner.upgrade() else { return };
             let look = |connection: &Connection, seen: &mut i64| -> rusqlite::Result<Option<Heads>> {
-                let version = connection.pragma_query_value(None, "data_version", |row| row.get(0))?;
+                let version = connection.prepare_cached("PRAGMA data_version")?.query_row([], |row| row.get(0))?;
                 let moved = std::mem::replace(seen, version) != version;
                 moved.then(|| read_heads(connection)).transpose()
             };
@@ -226,7 +228,10 @@ fn poll(inner: &Weak<Inner>, stop: &(Mutex<bool>, Condvar)) {
             });
             let trouble = result.as_ref().err().map(Error::to_string);
             match result {
-                Ok(Some(heads)) => publish(&inner.heads, heads),
+                Ok(Some(heads)) => {
+                    moved = Instant::now();
+                    publish(&inner.heads, heads);
+                }
                 Ok(None) => {}
                 Err(_) => (connection, seen) = (None, -1),
             }
@@ -241,7 +246,8 @@ fn poll(inner: &Weak<Inner>, stop: &(Mutex<bool>, Condvar)) {
             }
         }
         let guard = stop.0.lock().expect("no panics while it is held");
-        let (stopped, _) = stop.1.wait_timeout(guard, limits::LOG_POLL).expect("no panics while it is held");
+        let rest = if moved.elapsed() < limits::LOG_QUIET { limits::LOG_POLL } else { limits::LOG_POLL_QUIET };
+        let (stopped, _) = stop.1.wait_timeout(guard, rest).expect("no panics while it is held");
         if *stopped {
             return;
         }
