@@ -214,17 +214,31 @@ impl Lease {
         caller_is_gone: Arc<AtomicBool>,
         row: &mut dyn FnMut(&[Value<'_>]) -> Result<(), Error>,
     ) -> Result<Found, Error> {
+        let result = self.try_select(schema, select, caller_is_gone, row);
+        if result.is_err() {
+            // In the middle of its transaction it is of no use to the next reader.
+            self.connection = None;
+        }
+        result.map_err(|error| match error {
+            // A generation that was dropped under a reader fails in one of many ways.
+            Error::Database(_) if !self.pool.file.exists() => Error::Gone,
+            error => error,
+        })
+    }
+
+    fn try_select(
+        &mut self,
+        schema: &ViewSchema,
+        select: &Select,
+        caller_is_gone: Arc<AtomicBool>,
+        row: &mut dyn FnMut(&[Value<'_>]) -> Result<(), Error>,
+    ) -> Result<Found, Error> {
         let connection = match &mut self.connection {
             Some(connection) => connection,
             none => none.insert(open(&self.pool.file)?),
         };
         bound(connection, limits::QUERY_TIME, caller_is_gone)?;
-        let result = snapshot(connection, schema, select, row);
-        if result.is_err() {
-            // In the middle of its transaction it is of no use to the next reader.
-            self.connection = None;
-        }
-        result
+        snapshot(connection, schema, select, row)
     }
 }
 
