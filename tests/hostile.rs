@@ -188,6 +188,16 @@ fn each_hostile_manifest_is_refused_by_name() {
 }
 
 #[test]
+fn a_module_that_prints_its_way_to_a_manifest_can_be_checked() {
+    let world = World::new();
+    let file = world.directory.path().join("prints.wasm");
+    std::fs::write(&file, describing("prints")).unwrap();
+    let output = world.command(&["plugin", "check", file.to_str().unwrap()]).output().unwrap();
+    let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    assert!(output.status.success() && said.contains("deeds"), "{said}");
+}
+
+#[test]
 fn a_row_that_is_answered_twice_is_the_last_of_both() {
     let world = World::running(&["hostile"]);
     world.append(&[event("left", "WritesTwice", "twice", 0, json!({}))]);

@@ -128,7 +128,7 @@ pub(crate) async fn run(cli: Cli) -> Result<ExitCode> {
         Command::Resume(command) => command.run(&common),
         Command::Policy(command) => command.run(&common),
         Command::DeadLetters(command) => command.run(&common).await,
-        Command::Plugin(command) => command.run(&common),
+        Command::Plugin(command) => command.run(&common).await,
         Command::Demo(command) => command.run(&common).await,
     }
     .map(|()| ExitCode::SUCCESS)

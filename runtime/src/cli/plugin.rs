@@ -39,10 +39,10 @@ pub(super) struct Check {
 }
 
 impl Plugin {
-    pub(super) fn run(self, common: &Common) -> Result<()> {
+    pub(super) async fn run(self, common: &Common) -> Result<()> {
         match self {
             Plugin::New(new) => new.run(),
-            Plugin::Check(check) => check.run(common),
+            Plugin::Check(check) => check.run(common).await,
         }
     }
 }
@@ -98,9 +98,11 @@ impl New {
 }
 
 impl Check {
-    fn run(self, common: &Common) -> Result<()> {
+    async fn run(self, common: &Common) -> Result<()> {
         let config = common.config(|_| {})?;
-        let checked = shadowbox::plugin::check(&self.file, &config.sandbox);
+        let file = self.file.clone();
+        // What a plugin prints is written by a call that blocks.
+        let checked = tokio::task::spawn_blocking(move || shadowbox::plugin::check(&file, &config.sandbox)).await?;
         let (manifest, hash) = checked.with_context(|| format!("{} would be refused", self.file.display()))?;
         if self.json {
             let written: serde_json::Value = serde_json::from_str(&manifest.json)?;

@@ -41,6 +41,11 @@ impl Guest for Hostile {
             "loops" => endless(),
             "exits" => std::process::exit(0),
             "recurses" => recurse(0).to_string(),
+            #[expect(clippy::print_stdout, reason = "it is admitted, and checked, like any other")]
+            "prints" => {
+                println!("a manifest comes next");
+                HONEST.to_owned()
+            }
             "asks" => format!("{:?}", host::get(0, &text("a"))),
             "is-not-json" => "a projection called hostile".to_owned(),
             "is-huge" => format!("{HONEST}{}", " ".repeat(5 << 20)),
