@@ -13,8 +13,8 @@ use rusqlite::{Connection, OpenFlags};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use shadowbox::config::limits;
-use shadowbox::log::EventLog;
-use shadowbox::model::{NewEvent, Time};
+use shadowbox::log::{EventLog, Filter};
+use shadowbox::model::NewEvent;
 use support::{Home, Report, Samples, Stopwatch, Usage, module_file, root, table, thousands, verdict, workplace};
 
 /// How EventCore keeps events and rows; `benches/README.md` describes them.
@@ -45,7 +45,7 @@ fn contestant(arguments: &[&str]) -> Result<Value> {
         let watch = Stopwatch::start()?;
         let runtime = Home::at(home).start().await?;
         let view = support::view(&runtime, VIEWS[0], |_| true).await;
-        support::caught_up(&runtime, &view).await?;
+        support::caught_up(&runtime, &view).await;
         let started = Made { usage: watch.stop()?, file: view.file };
         let watch = Stopwatch::start()?;
         let generation = runtime.rebuild(&view.projection).await?;
@@ -62,6 +62,7 @@ fn bench(report: &mut Report) -> Result<()> {
     let module = support::modules(&["carrier-performance"])?.join(module_file("carrier-performance"));
     let program = build()?;
     let log = beginning(&support::log(1)?, events)?;
+    let plain = support::plain(&log)?;
     let (mut started, mut rebuilt): (Vec<Made>, Vec<Made>) = Default::default();
     let mut theirs: [Vec<Made>; 3] = Default::default();
     for round in 0..=rounds {
@@ -79,7 +80,7 @@ fn bench(report: &mut Report) -> Result<()> {
         );
         for (setting, theirs) in SETTINGS.iter().zip(&mut theirs) {
             let home = Home::new("eventcore")?;
-            let other = run(&program, setting, &log, &home, events)?;
+            let other = run(&program, setting, &plain, &home, events)?;
             println!("round {round} of {rounds}: eventcore, {setting} {:.2} s", other.usage.seconds);
             if round == 1 && *setting != "memory" {
                 assert_same_rows(&rebuild.file, &other.file)?;
@@ -108,9 +109,9 @@ fn build() -> Result<PathBuf> {
     Ok(target.join("release/eventcore-contestant"))
 }
 
-fn run(program: &Path, setting: &str, log: &Path, home: &Home, events: u64) -> Result<Made> {
+fn run(program: &Path, setting: &str, plain: &Path, home: &Home, events: u64) -> Result<Made> {
     let mut command = Command::new(program);
-    command.arg(setting).args([log, home.path()]).arg(events.to_string()).stderr(Stdio::inherit());
+    command.arg(setting).args([plain, home.path()]).arg(events.to_string()).stderr(Stdio::inherit());
     let output = command.output()?;
     ensure!(output.status.success(), "eventcore, {setting} failed: {}", output.status);
     serde_json::from_slice(&output.stdout).with_context(|| format!("the answer of eventcore, {setting}"))
@@ -122,40 +123,27 @@ fn beginning(log: &Path, events: u64) -> Result<PathBuf> {
     if made.exists() {
         return Ok(made);
     }
-    let from = Connection::open_with_flags(log.join("log.sqlite"), OpenFlags::SQLITE_OPEN_READ_ONLY)?;
     let part = log.with_extension("first.part");
     if part.exists() {
         std::fs::remove_dir_all(&part)?;
     }
-    let into = EventLog::open(&part)?;
-    let mut copied = 0;
-    for (source, only) in [("fleet", "AirlineRegistered"), ("flights", "%")] {
-        let number: i64 = from.query_row("SELECT number FROM sources WHERE name = ?", [source], |row| row.get(0))?;
-        let sql = format!(
-            "SELECT e.id, e.stream, e.version, t.name, e.time, e.payload FROM source_{number} e JOIN types t
-             ON t.number = e.type WHERE t.name LIKE ? ORDER BY e.position LIMIT {}",
-            events - copied
-        );
-        let mut statement = from.prepare(&sql)?;
-        let rows = statement.query_map([only], |row| {
-            Ok(NewEvent {
-                source: source.to_owned(),
-                id: row.get(0)?,
-                stream: row.get(1)?,
-                version: row.get::<_, i64>(2)? as u64,
-                event_type: row.get(3)?,
-                time: Time::from_microseconds(row.get(4)?).unwrap_or(Time::EPOCH),
-                metadata: String::new(),
-                payload: row.get(5)?,
-            })
+    let (from, into) = (EventLog::open(log)?, EventLog::open(&part)?);
+    let wanted = |e: &NewEvent| e.source == "flights" || e.event_type == "AirlineRegistered";
+    let (mut copied, mut next) = (0, Some(0));
+    while let Some(begin) = next.filter(|_| copied < events) {
+        let mut page = Vec::new();
+        next = from.events(&Filter::default(), begin, limits::APPEND_EVENTS, |event| {
+            if wanted(&event.event) && copied < events {
+                copied += 1;
+                page.push(event.event);
+            }
         })?;
-        let rows = rows.collect::<rusqlite::Result<Vec<_>>>()?;
-        copied += rows.len() as u64;
-        rows.chunks(limits::APPEND_EVENTS).try_for_each(|events| into.append(events).map(drop))?;
+        into.append(page)?;
     }
     ensure!(copied == events, "the log has only {copied} events");
+    into.seal(0)?;
     into.tidy();
-    drop(into);
+    drop((from, into));
     std::fs::rename(part, &made)?;
     Ok(made)
 }

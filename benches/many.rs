@@ -12,6 +12,7 @@ use rusqlite::Connection;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use shadowbox::config::Written;
+use shadowbox::log::EventLog;
 use shadowbox::plugin::Engine;
 use shadowbox::supervisor::Runtime;
 use support::{Home, Process, Report, Samples, Stopwatch, Usage, module_file, patched, table, thousands, verdict};
@@ -58,7 +59,7 @@ fn contestant(arguments: &[&str]) -> Result<Value> {
         let runtime = home.start().await?;
         for n in 0..projections {
             let live = support::view(&runtime, &view(n), |_| true).await;
-            support::caught_up(&runtime, &live).await?;
+            support::caught_up(&runtime, &live).await;
         }
         let usage = watch.stop()?;
         tokio::time::sleep(SETTLE).await;
@@ -75,8 +76,7 @@ fn contestant(arguments: &[&str]) -> Result<Value> {
 
 /// A wrong result is not worth measuring.
 fn assert_all_counted(runtime: &Runtime, projections: u64) -> Result<()> {
-    let heads = runtime.log().heads_now();
-    let expected: u64 = heads.values().map(|head| head.position.0 + 1).sum();
+    let expected = runtime.log().head_now().next;
     let views = runtime.views();
     ensure!(
         views.len() as u64 == projections,
@@ -101,9 +101,7 @@ fn bench(report: &mut Report) -> Result<()> {
     let sizes = support::numbers("SHADOWBOX_BENCH_PROJECTIONS", &[1, 10, 50, 200])?;
     let module = std::fs::read(support::modules(&[LIGHT])?.join(module_file(LIGHT)))?;
     let log = support::log(1)?;
-    let events: i64 =
-        Connection::open(log.join("log.sqlite"))?
-            .query_row("SELECT sum(head + 1) FROM sources", [], |row| row.get(0))?;
+    let events = EventLog::open(&log)?.head_now().next;
     let renamed = |n: u64| patched(&patched(&module, LIGHT, &view(n).replace('_', "-")), "event_counts", &view(n));
     println!("compiling {} modules, unless they are cached", sizes.iter().max().unwrap_or(&0));
     let engine = Engine::new(Some(&support::cache()), Written::default().validate()?.sandbox)?;
@@ -133,7 +131,7 @@ fn bench(report: &mut Report) -> Result<()> {
     report.add("by_projections", all)
 }
 
-fn print_tables(events: i64, all: &[(u64, Vec<Round>)]) {
+fn print_tables(events: u64, all: &[(u64, Vec<Round>)]) {
     let of = |rounds: &[Round], what: fn(&Round) -> f64| Samples::new(rounds.iter().map(what)).median();
     let mut working =
         table(&["projections", "s median", "applied events/s in all", "CPU s", "peak MB", "at least 3 M/s"]);

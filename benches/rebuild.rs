@@ -1,5 +1,5 @@
 //! How fast is a view made from offset zero through the sandbox, against an honest native program, written by hand for
-//! this one purpose, over the same file? `benches/README.md` says how to run and read it.
+//! this one purpose, over the same events? `benches/README.md` says how to run and read it.
 
 #![expect(clippy::print_stdout, reason = "the table is what one runs this for")]
 
@@ -9,7 +9,7 @@ mod support;
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use rusqlite::Connection;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -63,11 +63,11 @@ struct Native {
 fn contestant(arguments: &[&str]) -> Result<Value> {
     match *arguments {
         ["shadowbox", view, home] => Ok(serde_json::to_value(shadowbox(view, &Home::at(home))?)?),
-        ["native", projection, home] => {
+        ["native", projection, home, table] => {
             let home = Home::at(home);
             let watch = Stopwatch::start()?;
             let file = home.path().join("views.sqlite");
-            let events = native::run(projection, &home.data(), &file)?;
+            let events = native::run(projection, Path::new(table), &file)?;
             let usage = watch.stop()?;
             Ok(serde_json::to_value(Native { made: Made { file, usage }, events })?)
         }
@@ -102,6 +102,8 @@ fn bench(report: &mut Report) -> Result<()> {
     let chosen = support::chosen(&PROJECTIONS, |projection| projection.name)?;
     let modules = support::modules(&PROJECTIONS.map(|p| p.name))?;
     let log = support::log(1)?;
+    let table = support::plain(&log)?;
+    let table = table.to_str().context("the workspace's path is UTF-8")?;
     let mut outcomes = Vec::new();
     for projection in chosen {
         let ours = || -> Result<Ours> {
@@ -112,9 +114,7 @@ fn bench(report: &mut Report) -> Result<()> {
             support::child(&["shadowbox", projection.views[0], home.argument()])
         };
         let native = || -> Result<Native> {
-            let home = Home::new("native")?;
-            home.link_log(&log)?;
-            support::child(&["native", projection.name, home.argument()])
+            support::child(&["native", projection.name, Home::new("native")?.argument(), table])
         };
         // The first round fills the cache of compiled modules and the page cache, and is where rows are compared.
         let (first, other) = (ours()?, native()?);

@@ -14,9 +14,10 @@ use rusqlite::Connection;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use shadowbox::log::EventLog;
-use shadowbox::model::{NewEvent, Time};
+use shadowbox::model::{NewEvent, Position, Time};
 use shadowbox::supervisor::{LiveView, Runtime};
 use support::{Home, Report, Samples, module_file, patched, table, verdict};
+use tokio::sync::oneshot;
 
 /// The plugin that the tutorial builds.
 const TUTORIAL: &str = "order-summary";
@@ -52,7 +53,7 @@ struct Run {
     appended: u64,
 }
 
-/// When the checkpoint of a view had moved, and to which position.
+/// When a view had become complete to a later position, and to which.
 type Seen = Vec<(Instant, u64)>;
 
 fn contestant(arguments: &[&str]) -> Result<Value> {
@@ -73,7 +74,8 @@ fn contestant(arguments: &[&str]) -> Result<Value> {
         }
         home.drop_module(&module_file(TUTORIAL), &module)?;
         let live = support::view(&runtime, "order_summary", |_| true).await;
-        let watching = tokio::spawn(watch(live.clone()));
+        let (end, ended) = oneshot::channel();
+        let watching = tokio::spawn(watch(live.clone(), ended));
         tokio::time::sleep(REST).await;
         let mut windows = Vec::new();
         for n in 0..SWAPS {
@@ -88,8 +90,9 @@ fn contestant(arguments: &[&str]) -> Result<Value> {
         }
         stop.store(true, Ordering::Relaxed);
         let appended = appending.join().expect("the appender does not panic")?;
-        support::caught_up(&runtime, &live).await?;
+        support::caught_up(&runtime, &live).await;
         runtime.shutdown().await;
+        drop(end);
         let seen = watching.await?;
         Ok(Run {
             starts,
@@ -117,7 +120,7 @@ fn append(log: &EventLog, stop: &AtomicBool) -> Result<u64> {
     let mut next = Instant::now();
     while !stop.load(Ordering::Relaxed) {
         let id = format!("o-{appended:09}");
-        log.append(&[NewEvent {
+        log.append([NewEvent {
             source: "orders".into(),
             stream: id.clone(),
             version: 1,
@@ -143,7 +146,8 @@ async fn start(runtime: &Runtime, home: &Home, module: &[u8], n: usize) -> Resul
     let began = Instant::now();
     home.drop_module(&file, &module)?;
     let live = support::view(runtime, &view, |_| true).await;
-    live.checkpoint.clone().wait_for(|checkpoint| !checkpoint.is_empty()).await?;
+    // The log has nothing but what it wants, so that its first commit makes it complete to the first position.
+    live.reached.wait_for(Position(0)).await;
     let milliseconds = began.elapsed().as_secs_f64() * 1e3;
     // The next one begins in the same quiet.
     std::fs::remove_file(home.plugins().join(file))?;
@@ -154,16 +158,19 @@ async fn start(runtime: &Runtime, home: &Home, module: &[u8], n: usize) -> Resul
     Ok(milliseconds)
 }
 
-/// Notes each move of the checkpoint, until the view's projection ends.
-async fn watch(live: LiveView) -> Seen {
-    let (mut checkpoint, mut seen) = (live.checkpoint, Vec::new());
-    while checkpoint.changed().await.is_ok() {
-        let now = Instant::now();
-        if let Some(position) = checkpoint.borrow_and_update().get("orders") {
-            seen.push((now, position.0));
+/// Notes each commit, until the view is complete and the sender is gone.
+async fn watch(live: LiveView, mut end: oneshot::Receiver<()>) -> Seen {
+    let mut seen = Vec::new();
+    loop {
+        let next = live.reached.now().map_or(Position(0), Position::next);
+        tokio::select! {
+            () = live.reached.wait_for(next) => {
+                let now = Instant::now();
+                seen.extend(live.reached.now().map(|position| (now, position.0)));
+            }
+            _ = &mut end => return seen,
         }
     }
-    seen
 }
 
 /// Drops other code for the live projection; answers when, and when it was all over.
@@ -195,7 +202,7 @@ fn first_seen(live: &LiveView, seen: &Seen, windows: &[(Instant, Instant)], appe
     for (n, (began, _)) in windows.iter().enumerate() {
         let first = "SELECT min(order_id) FROM order_summary WHERE status = ?";
         let first: String = connection.query_row(first, [status(n)], |row| row.get(0))?;
-        // The only source's positions are the numbers of the orders.
+        // The log has nothing but orders, so that positions are their numbers.
         let position: u64 = first.trim_start_matches("o-").parse()?;
         let visible = seen.iter().find(|(_, reached)| *reached >= position).context("an event that was never seen")?;
         milliseconds.push((visible.0 - *began).as_secs_f64() * 1e3);
@@ -203,7 +210,7 @@ fn first_seen(live: &LiveView, seen: &Seen, windows: &[(Instant, Instant)], appe
     Ok(milliseconds)
 }
 
-/// The longest time between two moves of the checkpoint, of those that lie in a window at least in part; milliseconds.
+/// The longest time between two commits, of those that lie in a window at least in part; milliseconds.
 fn longest_gap(seen: &Seen, window: &(Instant, Instant)) -> f64 {
     let gaps = seen.windows(2).filter(|pair| pair[1].0 > window.0 && pair[0].0 < window.1);
     gaps.map(|pair| (pair[1].0 - pair[0].0).as_secs_f64() * 1e3).fold(0.0, f64::max)

@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 use rusqlite::Connection;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use shadowbox::log::EventLog;
 use support::{Home, Report, Samples, Usage, module_file, table, thousands, verdict};
 
 /// A projection, its view, and what counts in it the events of `FlightScheduled`.
@@ -47,7 +48,7 @@ fn main() -> Result<()> {
 #[derive(Serialize, Deserialize)]
 struct Run {
     usage: Usage,
-    scheduled: i64,
+    scheduled: u64,
     /// The file with the views.
     view_mb: f64,
 }
@@ -58,8 +59,9 @@ fn contestant(arguments: &[&str]) -> Result<Value> {
     let run = support::in_process(async {
         let (runtime, live, usage) = support::catch_up(&Home::at(home), projection.view).await?;
         runtime.shutdown().await;
-        let scheduled = Connection::open(&live.file)?.query_row(projection.scheduled, [], |row| row.get(0))?;
-        Ok(Run { usage, scheduled, view_mb: megabytes(&live.file)? })
+        let scheduled =
+            Connection::open(&live.file)?.query_row(projection.scheduled, [], |row| row.get::<_, i64>(0))?;
+        Ok(Run { usage, scheduled: scheduled as u64, view_mb: megabytes(&live.file)? })
     })?;
     Ok(serde_json::to_value(run)?)
 }
@@ -68,7 +70,7 @@ fn megabytes(file: &Path) -> Result<f64> {
     Ok(fs::metadata(file)?.len() as f64 / 1e6)
 }
 
-fn measure(projection: &Projection, log: &Path, modules: &Path, scheduled: i64) -> Result<Run> {
+fn measure(projection: &Projection, log: &Path, modules: &Path, scheduled: u64) -> Result<Run> {
     let home = Home::new("scale")?;
     home.link_log(log)?;
     let file = module_file(projection.name);
@@ -88,9 +90,9 @@ fn bench(report: &mut Report) -> Result<()> {
     let logs = sizes.iter().map(|&millions| support::log(millions)).collect::<Result<Vec<_>>>()?;
     let mut counts = Vec::new();
     for log in &logs {
-        let connection = Connection::open(log.join("log.sqlite"))?;
-        let events: i64 = connection.query_row("SELECT sum(head + 1) FROM sources", [], |row| row.get(0))?;
-        counts.push((events, scheduled(&connection)?));
+        let log = EventLog::open(log)?;
+        let events = log.head_now().next;
+        counts.push((events, log.count(&support::wanting("flights", &["FlightScheduled"])?, 0, events)?));
     }
     let mut table = table(&[
         "projection",
@@ -144,13 +146,4 @@ fn bench(report: &mut Report) -> Result<()> {
 
 fn seconds(runs: &[Run]) -> Samples {
     Samples::new(runs.iter().map(|run| run.usage.seconds))
-}
-
-/// How many flights the log has.
-fn scheduled(log: &Connection) -> Result<i64> {
-    let flights: i64 = log.query_row("SELECT number FROM sources WHERE name = 'flights'", [], |row| row.get(0))?;
-    let sql = format!(
-        "SELECT count(*) FROM source_{flights} WHERE type = (SELECT number FROM types WHERE name = 'FlightScheduled')"
-    );
-    Ok(log.query_row(&sql, [], |row| row.get(0))?)
 }

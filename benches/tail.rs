@@ -244,10 +244,10 @@ fn append(
         std::thread::sleep(due.saturating_duration_since(Instant::now()));
         let events: Vec<_> = (n..n + batch).map(event).collect();
         let began = Instant::now();
-        let appended = log.append(&events)?;
+        let appended = log.append(events)?;
         let last = appended.last().context("nothing was appended")?;
         n += batch;
-        let position = format!("{}={}", last.source, last.position);
+        let position = last.position.to_string();
         let _ = samples.send(Sample { n: n - 1, began, answered: Instant::now(), position });
     }
     Ok(())

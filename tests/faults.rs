@@ -3,17 +3,21 @@
 use std::cell::Cell;
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use serde_json::Value;
+use shadowbox::config::limits;
 use shadowbox::fault::{POINTS, Point};
 
-use crate::support::history::{self, Disk, Fold, VIEWS, check_answer, line, live_module};
+use crate::support::history::{self, Disk, FILLER, Fold, Order, VIEWS, check_answer, line, live_module};
 use crate::support::{self, World, module, root, wait_for};
 
 /// Events of each source that are appended at a time.
 const CHUNK: u64 = 4;
+
+/// Events that nobody wants, appended at a time where it takes many: fewer than are packed as they come.
+const FILLERS: u64 = 2_000;
 
 /// A world that comes to every step there is, and is started again whenever it dies.
 struct Life {
@@ -22,8 +26,13 @@ struct Life {
     /// What is armed in the runtime that runs, or in the next one.
     fault: Option<String>,
     deaths: u32,
-    /// How many chunks are appended.
+    /// How many chunks are appended, and how many events that nobody wants.
     chunks: u64,
+    fillers: u64,
+    /// Whether it comes to the steps of packing, which takes many events.
+    packs: bool,
+    /// Everything that is appended or is about to be.
+    order: Arc<Order>,
 }
 
 impl Life {
@@ -40,7 +49,8 @@ impl Life {
         }
         world.drop_module("ledger", &module("ledger"));
         world.drop_module("order-summary", &module("order-summary"));
-        Life { world, disk: Disk::default(), fault, deaths: 0, chunks: 0 }
+        let packs = fault.as_ref().is_some_and(|fault| is_packing(fault));
+        Life { world, disk: Disk::default(), fault, deaths: 0, chunks: 0, fillers: 0, packs, order: Arc::default() }
     }
 
     fn start(&mut self) {
@@ -54,7 +64,7 @@ impl Life {
         let Some(fault) = self.fault.take() else { panic!("{status}, without a fault\n{}", self.world.log()) };
         assert!(status.signal() == Some(6), "{fault}: {status}\n{}", self.world.log());
         self.deaths += 1;
-        self.disk.check(&self.world.data());
+        self.disk.check(&self.world.data(), &self.order, |_| {});
     }
 
     /// Does something and waits until it is done; does it again if the runtime has died over it. `act` answers whether
@@ -77,24 +87,47 @@ impl Life {
 
     /// Appends, and waits until all views have it.
     fn append(&mut self) {
-        let chunk = self.chunks;
-        self.until("the append", |world| append(world, chunk), |_| Some(true));
-        self.chunks += 1;
+        self.append_only();
         self.reached(&VIEWS);
+    }
+
+    fn append_only(&mut self) {
+        let chunk = self.announce();
+        self.until("the append", |world| append(world, chunk), |_| Some(true));
+    }
+
+    /// The number of the next chunk, which comes to where the log ends.
+    fn announce(&mut self) -> u64 {
+        let chunk = self.chunks;
+        announce(&self.order, chunk);
+        self.chunks += 1;
+        chunk
+    }
+
+    /// Appends so much that the log packs the older half of it, and what no projection wants.
+    fn fill(&mut self) {
+        while self.order.len() < limits::SEAL_ROWS + FILLERS {
+            let numbers = self.fillers..self.fillers + FILLERS;
+            self.order.announce(FILLER, numbers.clone());
+            self.fillers = numbers.end;
+            let lines: Vec<_> = numbers.map(|n| line(FILLER, n)).collect();
+            self.until("the append", |world| post(world, &lines), |_| Some(true));
+        }
     }
 
     /// Waits until views have everything, and checks their rows.
     fn reached(&mut self, views: &[(&str, &'static str)]) {
-        let last = self.chunks * CHUNK - 1;
+        let order = self.order.clone();
+        let last = order.len() - 1;
         for (_, view) in views {
             let view = *view;
-            let wanted = if view == "ledger" { format!("left={last},right={last}") } else { format!("orders={last}") };
-            let headers = [("shadowbox-position", wanted.as_str()), ("prefer", "wait=0.2")];
             let read = |world: &World| {
+                let headers = [("shadowbox-position", &*last.to_string()), ("prefer", "wait=0.2")];
                 let answer = support::get(&world.url(&format!("/views/{view}")), &headers)?;
                 let complete = answer.status == 200;
                 if complete {
-                    check_answer(view, &answer, &mut Fold::default());
+                    let position = check_answer(view, &answer, &mut Fold::default(), &order);
+                    assert_eq!(position, Some(last), "{view} is complete to all there is, whoever wants it");
                 }
                 Some(complete)
             };
@@ -111,10 +144,14 @@ impl Life {
             true
         };
         self.until("the new module", drop_it, |world| Some(status(world, "ledger")?["module_hash"] == *hash));
-        let chunks = Cell::new(self.chunks);
+        let (order, announced, chunks) = (self.order.clone(), Cell::new(self.chunks), Cell::new(self.chunks));
         let prove_it = |world: &World| {
-            let accepted = append(world, chunks.get());
-            chunks.set(chunks.get() + u64::from(accepted));
+            let chunk = chunks.get();
+            if announced.replace(chunk + 1) == chunk {
+                announce(&order, chunk);
+            }
+            let accepted = append(world, chunk);
+            chunks.set(chunk + u64::from(accepted));
             accepted
         };
         let noted = |world: &World| Some(live_module(&world.data(), "ledger")? == hash);
@@ -135,6 +172,9 @@ impl Life {
     /// Comes to everything that can be armed, to most of it more than once.
     fn live(&mut self) {
         self.append();
+        if self.packs {
+            self.fill();
+        }
         for name in ["ledger+tweaked", "ledger"] {
             self.swap(name);
             let now = status(&self.world, "ledger").map_or(1, |p| p["generation"].as_u64().unwrap());
@@ -154,9 +194,12 @@ impl Life {
             }
         }
         self.fault = None;
-        self.disk.check(&self.world.data());
+        self.disk.check(&self.world.data(), &self.order, |_| {});
         self.start();
         self.append();
+        if self.packs {
+            wait_for("packed events", || (blocks(&self.world) > 0).then_some(()));
+        }
         let now = status(&self.world, "ledger").expect("it runs")["generation"].as_u64().unwrap();
         self.rebuild(now + 1);
         self.append();
@@ -164,8 +207,13 @@ impl Life {
         self.world.stop();
         let strays = history::strays(&self.world.data());
         assert!(strays.is_empty(), "{strays:?} were left behind\n{}", self.world.log());
-        let checkpoints = self.disk.check(&self.world.data());
-        assert_eq!(checkpoints["ledger"]["left"], self.chunks * CHUNK - 1);
+        let live = self.disk.check(&self.world.data(), &self.order, |_| {});
+        let last = self.order.len() - 1;
+        VIEWS.iter().for_each(|(_, view)| assert!(self.order.covers(view, live[view], Some(last)), "{live:?} of {last}"));
+        // Each event is where it was appended, once, and nothing else is there.
+        let log = Order::default();
+        log.read_to(self.world.directory.path(), Some(last));
+        assert!(log.known() == self.order.known(), "the log is not what was appended");
         (self.deaths, self.world)
     }
 }
@@ -176,10 +224,25 @@ fn status(world: &World, name: &str) -> Option<Value> {
     all.as_array()?.iter().find(|p| p["name"] == name).cloned()
 }
 
+/// The sources of a chunk, in this order.
+const SOURCES: [&str; 3] = ["left", "right", "orders"];
+
+/// The numbers of a chunk's events in each of them.
+fn numbers(chunk: u64) -> std::ops::Range<u64> {
+    chunk * CHUNK..(chunk + 1) * CHUNK
+}
+
+fn announce(order: &Order, chunk: u64) {
+    SOURCES.iter().for_each(|source| order.announce(source, numbers(chunk)));
+}
+
 fn append(world: &World, chunk: u64) -> bool {
-    let positions = || chunk * CHUNK..(chunk + 1) * CHUNK;
-    let lines = ["left", "right", "orders"].into_iter().flat_map(|source| positions().map(move |n| line(source, n)));
-    let body = format!("[{}]", lines.collect::<Vec<_>>().join(","));
+    let lines = SOURCES.into_iter().flat_map(|source| numbers(chunk).map(move |n| line(source, n)));
+    post(world, &lines.collect::<Vec<_>>())
+}
+
+fn post(world: &World, lines: &[String]) -> bool {
+    let body = format!("[{}]", lines.join(","));
     let answer = support::post(&world.url("/events"), "application/cloudevents-batch+json", &body);
     answer.is_some_and(|answer| answer.status == 200)
 }
@@ -205,12 +268,28 @@ fn each<T: Send>(items: impl Iterator<Item = T>, work: impl Fn(T) + Sync) {
     });
 }
 
+/// How many blocks the log of a runtime has. The runtime is another process, which keeps its locks.
+fn blocks(world: &World) -> i64 {
+    let flags = rusqlite::OpenFlags::SQLITE_OPEN_READ_ONLY;
+    let log = rusqlite::Connection::open_with_flags(world.data().join("log.sqlite"), flags).unwrap();
+    log.query_row("SELECT count(*) FROM blocks", [], |r| r.get(0)).unwrap()
+}
+
+fn is_packing(fault: &str) -> bool {
+    fault.starts_with("seal.") || fault.starts_with("merge.")
+}
+
+/// All points but those of a conversion, which begins with a log of the former format: see `convert.rs`.
+fn points() -> impl Iterator<Item = &'static Point> {
+    POINTS.iter().filter(|point| !point.name.starts_with("convert."))
+}
+
 /// What only the first start makes.
 const ONCE: [&str; 2] = ["log.made", "catalogue.made"];
 
 #[test]
 fn who_is_killed_at_any_step_goes_on_from_what_is_on_the_disk() {
-    let all = POINTS.iter().flat_map(|point| [(point.name, 1), (point.name, 2)]);
+    let all = points().flat_map(|point| [(point.name, 1), (point.name, 2)]);
     each(all.filter(|(name, hit)| *hit == 1 || !ONCE.contains(name)), |(name, hit)| {
         let fault = format!("{name}=kill:{hit}");
         let mut life = Life::new(Some(fault.clone()));
@@ -234,7 +313,7 @@ fn who_is_killed_at_any_step_goes_on_from_what_is_on_the_disk() {
 }
 
 fn failing() -> impl Iterator<Item = &'static str> {
-    POINTS.iter().filter(|Point { fails, .. }| *fails).map(|point| point.name)
+    points().filter(|Point { fails, .. }| *fails).map(|point| point.name)
 }
 
 #[test]
@@ -256,7 +335,7 @@ fn what_fails_always_at_any_step_is_said_loudly_and_the_others_go_on() {
         let of = match name {
             "module.written" => shadowbox::plugin::hash(&module("ledger")),
             "cache.written" => String::new(),
-            name if name.starts_with("append.") => String::new(),
+            name if name.starts_with("append.") || is_packing(name) => String::new(),
             _ => "ledger".to_owned(),
         };
         let fault = format!("{name}@{of}=error");
@@ -277,11 +356,6 @@ fn what_fails_always_at_any_step_is_said_loudly_and_the_others_go_on() {
         let faulted = |life: &mut Life| {
             life.until("the fault", |_| true, |world| Some(status(world, "ledger")?["state"] == "faulted"));
         };
-        let append_only = |life: &mut Life| {
-            let chunk = life.chunks;
-            life.until("the append", |world| append(world, chunk), |_| Some(true));
-            life.chunks += 1;
-        };
         let refused = |world: &World| Some(support::get(&world.url("/status"), &[])?.json()["refused"].to_string());
         let error = |world: &World| Some(status(world, "ledger")?["error"].to_string());
         match name {
@@ -299,15 +373,20 @@ fn what_fails_always_at_any_step_is_said_loudly_and_the_others_go_on() {
             "append.begun" | "append.written" => {
                 let answer = life.world.post("/events", "application/cloudevents+json", &line("left", 0));
                 assert!(answer.status == 500 && answer.body.contains("send it again"), "{}", answer.body);
-                assert_eq!(life.world.get("/status").json()["sources"], Value::Array(vec![]));
+                assert_eq!(life.world.get("/status").json()["log"]["head"], Value::Null);
+            }
+            // Rows are as good as blocks; the log says it.
+            "seal.begun" | "seal.written" | "merge.begun" | "merge.written" => {
+                life.live();
+                assert!(life.world.log().contains("cannot pack events"), "{}", life.world.log());
             }
             "module.written" => {
-                append_only(&mut life);
+                life.append_only();
                 said(&mut life, "the refusal", refused);
                 life.reached(OTHER);
             }
             "commit.begun" | "commit.rows" | "commit.checkpoint" => {
-                append_only(&mut life);
+                life.append_only();
                 faulted(&mut life);
                 said(&mut life, "the fault", error);
                 life.reached(OTHER);
@@ -315,7 +394,7 @@ fn what_fails_always_at_any_step_is_said_loudly_and_the_others_go_on() {
             "generation.fenced" => {
                 faulted(&mut life);
                 said(&mut life, "the fault", error);
-                append_only(&mut life);
+                life.append_only();
                 life.reached(OTHER);
             }
             "generation.numbered" | "generation.filled" | "generation.made" => {
@@ -357,13 +436,15 @@ fn a_view_does_not_go_back_if_the_commit_before_its_promotion_only_seems_to_fail
     // The live generation is still catching up, uncommitted, when it is told to stop for the promotion.
     world.append(&(0..20_000).map(|n| line("left", n)).collect::<Vec<_>>());
     let fault = "commit.done@/1.sqlite=error:1,promote.shown=kill";
-    let mut life = Life { world, disk: Disk::default(), fault: None, deaths: 0, chunks: 0 };
+    let (disk, order) = (Disk::default(), Arc::<Order>::default());
+    order.announce("left", 0..20_000);
+    let mut life = Life { world, disk, fault: None, deaths: 0, chunks: 0, fillers: 0, packs: false, order };
     life.world.try_start(&[], Some(fault)).unwrap();
     ask_for_rebuild(&life.world);
     let status = wait_for("the promotion", || life.world.ended());
     assert_eq!(status.signal(), Some(6), "{}", life.world.log());
     assert!(life.world.log().contains("stopped without the last commit"), "{}", life.world.log());
-    life.disk.check(&life.world.data());
+    life.disk.check(&life.world.data(), &life.order, |_| {});
 }
 
 #[test]

@@ -2,12 +2,14 @@
 
 mod batches;
 mod command_line;
+mod convert;
 mod demo;
 mod failures;
 mod faults;
 mod flights;
 mod folder;
 mod hostile;
+mod interleave;
 mod malformed;
 mod proof;
 mod queries;

@@ -104,7 +104,7 @@ fn manifest() -> Value {
         .map(|kind| json!({"name": format!("c_{kind}"), "type": kind, "nullable": *kind != "text" && *kind != "uuid"}));
     json!({
         "contract": CONTRACT, "projection": "p", "version": 1,
-        "sources": [{"source": "a", "types": ["A*", "{b,c}?"]}, {"source": "b"}],
+        "sources": [{"source": "a", "types": ["A*", "{b,c}?"]}, {"source": "b/{c,d}*"}],
         "views": [
             {"name": "v", "columns": columns.collect::<Vec<_>>(), "key": ["c_text", "c_uuid"], "indexes": [["c_integer"], ["c_real", "c_json"]]},
             {"name": "v_0", "columns": [{"name": "order", "type": "integer"}], "key": ["order"]},
@@ -156,7 +156,8 @@ fn damaged_manifests_are_refused_or_can_be_entered() {
         let manifest = changes.into_iter().fold(manifest(), |m, (place, value)| changed(m, place, value));
         let bytes = damaged(manifest.to_string().as_bytes(), &damages);
         let Ok(manifest) = Manifest::parse(&String::from_utf8_lossy(&bytes)) else { return Ok(()) };
-        manifest.sources.iter().for_each(|s| _ = s.wants("Anything"));
+        _ = manifest.wants("anywhere", "Anything");
+        manifest.sources.iter().for_each(|s| _ = (s.takes_source("anywhere"), s.wants("Anything")));
         // What is admitted has tables. Creating them takes a file, so not each time.
         let nth = entered.replace_with(|n| *n + 1);
         if nth % 4 == 0 {
@@ -308,11 +309,10 @@ fn whatever_is_taken_of_an_answer_can_be_stored_and_reads_back_the_same() {
             return Ok(());
         }
         let position = Position(taken.replace_with(|n| *n + 1));
-        let mark = Mark { position, time: shadowbox::model::Time::EPOCH, fingerprint: 0, log: "l".into() };
-        let (marks, changes) = (vec![("a".into(), mark)], Arc::new(pending));
+        let mark = Mark { position, appended: shadowbox::model::Time::EPOCH, fingerprint: 0, log: "l".into() };
+        let (mark, changes) = (Some(mark), Arc::new(pending));
         let letters = shadowbox::view::LetterChanges::default();
-        let commit =
-            Commit { marks, changes: changes.clone(), runs: Vec::new(), module: "m".into(), letters, rests: false };
+        let commit = Commit { mark, changes: changes.clone(), module: "m".into(), letters, rests: false };
         let mut generation = generation.borrow_mut();
         generation.commit(&commit).map_err(|e| TestCaseError::fail(e.to_string()))?;
         // Each element as it was answered, the last one for a key being what counts.

@@ -111,13 +111,16 @@ fn views_and_projections_are_listed() {
     );
     assert_eq!(ledger["key"], json!(["account"]));
     assert_eq!(ledger["columns"][1], json!({ "name": "amount", "type": "integer", "nullable": false }));
-    assert_eq!(ledger["position"], json!({ "left": 4 }));
+    assert_eq!(ledger["position"], json!(4));
     let projection = &world.get("/projections").json()[0];
     assert_eq!(
         (&projection["name"], &projection["version"], &projection["state"]),
         (&json!("ledger"), &json!(1), &json!("live"))
     );
-    assert_eq!(projection["sources"][0], json!({ "source": "left", "checkpoint": 4, "head": 4 }));
+    assert_eq!(projection["position"], json!(4));
+    let log = &world.get("/status").json()["log"];
+    assert_eq!((&log["head"], &log["sources"], &log["types"]), (&json!(4), &json!(1), &json!(1)));
+    assert!(log["identity"].is_string() && log["appended"].is_string() && log["error"].is_null(), "{log}");
     assert_eq!((&projection["lag_events"], &projection["lag_seconds"]), (&json!(0), &json!(0.0)));
     assert!(projection["rate"].is_number() && projection["error"].is_null());
     assert_eq!(projection["module_hash"].as_str().unwrap().len(), 64);
@@ -129,8 +132,9 @@ fn who_appends_reads_their_own_write() {
     let world = World::running(&["ledger"]);
     for n in 0..50 {
         let answer = world.post("/events", ONE, &moved("left", n, "a", 1));
-        assert_eq!((answer.status, &answer.json()["appended"]), (200, &json!(1)));
-        assert_eq!(answer.json()["positions"], json!([{ "source": "left", "position": n, "appended": true }]));
+        let expected =
+            json!({ "appended": 1, "duplicates": 0, "first_position": n, "last_position": n, "position": n });
+        assert_eq!((answer.status, answer.json()), (200, expected));
         let rows = world.rows_at("ledger", answer.header("shadowbox-position"));
         assert_eq!(rows[0]["events"].as_i64(), Some(n + 1));
     }
@@ -139,20 +143,18 @@ fn who_appends_reads_their_own_write() {
 #[test]
 fn a_position_that_is_not_there_yet_is_waited_for_and_then_refused_by_type() {
     let world = ledger();
-    let late = world.get_with("/views/ledger", &[("shadowbox-position", "left=5"), ("prefer", "wait=0.05")]);
+    let late = world.get_with("/views/ledger", &[("shadowbox-position", "5"), ("prefer", "wait=0.05")]);
     let body = late.json();
     assert_eq!((late.status, &body["error"]), (412, &json!("not_yet")));
-    assert_eq!((&body["position"], &body["wanted"]), (&json!({ "left": 4 }), &json!({ "left": 5 })));
+    assert_eq!((&body["position"], &body["wanted"]), (&json!(4), &json!(5)));
     std::thread::scope(|scope| {
-        let waiting = scope.spawn(|| world.rows_at("ledger", "left=5"));
+        let waiting = scope.spawn(|| world.rows_at("ledger", "5"));
         world.append(&[moved("left", 5, "f", 50)]);
         assert_eq!(waiting.join().unwrap().len(), 6);
     });
-    for (position, expected) in
-        [("elsewhere=1", "does not depend on source \\\"elsewhere\\\""), ("left", "source=number")]
-    {
+    for position in ["elsewhere=1", "left", "-1", "5,6"] {
         let answer = world.get_with("/views/ledger", &[("shadowbox-position", position)]);
-        assert!(answer.status == 400 && answer.body.contains(expected), "{}", answer.body);
+        assert!(answer.status == 400 && answer.body.contains("one number"), "{}", answer.body);
     }
 }
 
@@ -161,12 +163,24 @@ fn events_come_alone_or_in_batches_and_twice_is_once() {
     let world = World::running(&["ledger"]);
     let batch = format!("[{},{}]", moved("left", 0, "a", 1), moved("right", 0, "a", 1));
     let answer = world.post("/events", BATCH, &batch);
-    assert_eq!(answer.json()["appended"], 2);
-    assert_eq!(answer.header("shadowbox-position"), "left=0,right=0");
-    let again = world.post("/events", "application/json", &batch).json();
-    assert_eq!((&again["appended"], &again["already"]), (&json!(0), &json!(2)));
-    assert_eq!(again["positions"][1], json!({ "source": "right", "position": 0, "appended": false }));
-    assert_eq!(world.rows_at("ledger", "left=0,right=0")[0]["events"], 2);
+    let expected = |appended: u64, duplicates: u64, last: u64| {
+        json!({
+            "appended": appended, "duplicates": duplicates, "first_position": 0, "last_position": last, "position": last,
+        })
+    };
+    assert_eq!(answer.json(), expected(2, 0, 1));
+    assert_eq!(answer.header("shadowbox-position"), "1");
+    let again = world.post("/events", "application/json", &batch);
+    assert_eq!((again.json(), again.header("shadowbox-position")), (expected(0, 2, 1), "1"));
+    assert_eq!(world.rows_at("ledger", "1")[0]["events"], 2);
+    // What is there and what is new, in one; the same id is another event where it is another source's.
+    let batch = format!("[{},{}]", moved("right", 0, "a", 1), moved("right", 1, "a", 1));
+    assert_eq!(world.post("/events", BATCH, &batch).json()["first_position"], 1);
+    let other = event("right", "Moved", "left-0", 0, json!({ "account": "a", "amount": 1 }));
+    assert_eq!(world.post("/events", ONE, &other).json()["position"], 3);
+    // Nothing is no error, and says nothing of where.
+    let none = world.post("/events", BATCH, "[]");
+    assert_eq!((none.status, &none.json()["appended"], &none.json()["position"]), (200, &json!(0), &Value::Null));
 }
 
 #[test]
@@ -185,7 +199,7 @@ fn events_that_are_none_append_nothing() {
         let answer = world.post("/events", content_type, &body);
         assert!(answer.status == status && answer.body.contains(expected), "{}: {}", answer.status, answer.body);
     }
-    assert_eq!(world.get("/status").json()["sources"], Value::Array(vec![]));
+    assert_eq!(world.get("/status").json()["log"]["head"], Value::Null);
 }
 
 #[test]

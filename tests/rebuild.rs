@@ -12,9 +12,9 @@ fn interleaved(n: i64) -> Vec<String> {
 }
 
 #[test]
-fn a_rebuild_takes_the_sources_in_the_order_of_the_live_generation() {
+fn a_rebuild_takes_the_sources_in_the_order_of_the_log() {
     let world = World::running(&["ledger"]);
-    // In many small appends: at the head, the order is that of arrival, which no rule could reproduce later.
+    // In many small appends, against the times of the events: no rule but the log's order could reproduce that.
     let mut live = Vec::new();
     for chunk in interleaved(600).rchunks(37) {
         live = world.rows_at("ledger", &world.append(chunk));
@@ -23,7 +23,7 @@ fn a_rebuild_takes_the_sources_in_the_order_of_the_live_generation() {
     world.ok(&["rebuild", "ledger", "--wait"]);
     assert_eq!(world.projection("ledger")["generation"], 2);
     assert_eq!(world.get("/views/ledger").json(), Value::from(live.clone()));
-    // And the record of the second generation serves a third one.
+    // And so does a third one.
     world.ok(&["rebuild", "ledger", "--wait"]);
     assert_eq!(world.get("/views/ledger").json(), Value::from(live));
 }
@@ -100,12 +100,12 @@ fn a_new_version_is_built_beside_the_old_one_and_takes_over() {
 fn the_same_version_and_schema_is_swapped_and_goes_on_from_the_checkpoint() {
     let world = World::running(&["ledger"]);
     world.append(&[moved("left", 0, "old", 1)]);
-    world.rows_at("ledger", "left=0");
+    world.rows_at("ledger", "0");
     let before = world.projection("ledger")["module_hash"].clone();
     world.drop_module("ledger", &module("ledger+tweaked"));
     world.wait_until("ledger", "the swap", |p| p["module_hash"] != before);
     world.append(&[moved("left", 1, "new", 1)]);
-    let rows = world.rows_at("ledger", "left=1");
+    let rows = world.rows_at("ledger", "1");
     let code = |account: &str| rows.iter().find(|r| r["account"] == account).unwrap()["code"].clone();
     assert_eq!((code("old"), code("new")), (Value::from(1), Value::from(2)));
     assert_eq!(world.projection("ledger")["generation"], 1);
@@ -115,12 +115,12 @@ fn the_same_version_and_schema_is_swapped_and_goes_on_from_the_checkpoint() {
 fn a_module_that_fails_in_its_first_batch_is_refused_and_the_old_one_goes_on() {
     let mut world = World::running(&["ledger"]);
     world.append(&[moved("left", 0, "a", 1)]);
-    world.rows_at("ledger", "left=0");
+    world.rows_at("ledger", "0");
     world.drop_module("ledger", &module("ledger+broken"));
     let good = world.projection("ledger")["module_hash"].clone();
     world.wait_until("ledger", "the broken module", |p| p["module_hash"] != good);
     world.append(&[moved("left", 1, "a", 1)]);
-    assert_eq!(world.rows_at("ledger", "left=1")[0]["events"], 2);
+    assert_eq!(world.rows_at("ledger", "1")[0]["events"], 2);
     let status = world.wait_until("ledger", "the refusal", |p| p["error"].is_string());
     assert_eq!(status["module_hash"], good);
     let error = status["error"].as_str().unwrap();
@@ -129,7 +129,7 @@ fn a_module_that_fails_in_its_first_batch_is_refused_and_the_old_one_goes_on() {
     world.stop();
     world.append(&[moved("left", 2, "a", 1)]);
     world.start();
-    assert_eq!(world.rows_at("ledger", "left=2")[0]["events"], 3);
+    assert_eq!(world.rows_at("ledger", "2")[0]["events"], 3);
 }
 
 #[test]
@@ -165,7 +165,7 @@ fn a_refused_module_leaves_no_rows_behind() {
     let status = world.wait_until("ledger", "the former module's own fault", |p| p["state"] == "faulted");
     assert!(status["error"].as_str().unwrap().contains("event \"bad\""), "{status}");
     assert!(world.log().contains("refused; the former module goes on"));
-    let rows = world.rows_at("ledger", "left=299");
+    let rows = world.rows_at("ledger", "299");
     assert_eq!(rows.len(), 300);
     assert!(rows.iter().all(|row| row["code"] == 1), "rows of a refused module");
 }

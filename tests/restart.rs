@@ -35,11 +35,11 @@ fn a_clean_stop_and_a_start_go_on_where_they_were() {
     let (lines, events) = history(2_000);
     let mut world = World::running(&["ledger"]);
     world.append(&lines[..1_000]);
-    assert_eq!(ledger(&world.rows_at("ledger", "left=999")), fold(&events[..1_000]));
+    assert_eq!(ledger(&world.rows_at("ledger", "999")), fold(&events[..1_000]));
     world.stop();
     world.append(&lines[1_000..]);
     world.start();
-    assert_eq!(ledger(&world.rows_at("ledger", "left=1999")), fold(&events));
+    assert_eq!(ledger(&world.rows_at("ledger", "1999")), fold(&events));
     assert_eq!(world.projection("ledger")["generation"], 1);
 }
 
@@ -59,13 +59,13 @@ fn kill_9_at_random_moments_loses_nothing_and_applies_nothing_twice() {
         for moment in moments {
             world.start();
             wait_for("the moment to kill", || {
-                let reached = world.projection("ledger")["sources"][0]["checkpoint"].as_u64();
+                let reached = world.projection("ledger")["position"].as_u64();
                 (reached >= Some(moment)).then_some(())
             });
             world.kill();
         }
         world.start();
-        prop_assert_eq!(ledger(&world.rows_at("ledger", "left=19999")), fold(&events));
+        prop_assert_eq!(ledger(&world.rows_at("ledger", "19999")), fold(&events));
         Ok(())
     });
     result.unwrap();
@@ -83,14 +83,14 @@ fn kill_9_in_the_middle_of_a_rebuild_ends_in_a_rebuilt_view() {
     let answer = world.post("/projections/ledger/rebuild", "application/json", "");
     assert_eq!((answer.status, &answer.json()["generation"]), (202, &Value::from(2)));
     world.wait_until("ledger", "the middle of the rebuild", |p| {
-        p["building"]["sources"][0]["checkpoint"].as_u64() > Some(2_000)
+        p["building"]["position"].as_u64() > Some(2_000)
     });
     world.kill();
     world.start();
     // The old generation answers at once; the new one goes on by itself and is promoted.
-    assert_eq!(ledger(&world.rows_at("ledger", "left=19999")), fold(&events));
+    assert_eq!(ledger(&world.rows_at("ledger", "19999")), fold(&events));
     world.wait_until("ledger", "the promotion", |p| p["generation"] == 2 && p["building"].is_null());
-    assert_eq!(ledger(&world.rows_at("ledger", "left=19999")), fold(&events));
+    assert_eq!(ledger(&world.rows_at("ledger", "19999")), fold(&events));
 }
 
 #[test]
@@ -98,7 +98,7 @@ fn a_replaced_log_is_refused_with_both_facts() {
     let (lines, _) = history(10);
     let mut world = World::running(&["ledger"]);
     world.append(&lines);
-    world.rows_at("ledger", "left=9");
+    world.rows_at("ledger", "9");
     world.stop();
     for suffix in ["", "-wal", "-shm"] {
         // The last two are there only after a crash.
@@ -108,10 +108,10 @@ fn a_replaced_log_is_refused_with_both_facts() {
     world.start();
     let status = world.wait_until("ledger", "the refusal", |p| p["state"] == "faulted");
     let error = status["error"].as_str().unwrap();
-    assert!(error.contains("complete to position 9 of source \"left\"") && error.contains("no event there"), "{error}");
-    assert_eq!(ledger(&world.rows_at("ledger", "left=9")).len(), 10, "the view stays readable");
+    assert!(error.contains("complete to position 9,") && error.contains("no event there"), "{error}");
+    assert_eq!(ledger(&world.rows_at("ledger", "9")).len(), 10, "the view stays readable");
     world.ok(&["rebuild", "ledger", "--wait"]);
-    assert_eq!(ledger(&world.rows_at("ledger", "left=4")).len(), 5);
+    assert_eq!(ledger(&world.rows_at("ledger", "4")).len(), 5);
 }
 
 #[test]
@@ -119,14 +119,14 @@ fn a_view_file_that_is_gone_is_named_and_rebuilt_on_request() {
     let (lines, events) = history(10);
     let mut world = World::running(&["ledger"]);
     world.append(&lines);
-    world.rows_at("ledger", "left=9");
+    world.rows_at("ledger", "9");
     world.stop();
     std::fs::remove_file(world.data().join("views/ledger/1.sqlite")).unwrap();
     world.start();
     let status = world.wait_until("ledger", "the fault", |p| p["state"] == "faulted");
     assert!(status["error"].as_str().unwrap().contains("views/ledger/1.sqlite"), "{status}");
     world.ok(&["rebuild", "ledger", "--wait"]);
-    assert_eq!(ledger(&world.rows_at("ledger", "left=9")), fold(&events));
+    assert_eq!(ledger(&world.rows_at("ledger", "9")), fold(&events));
 }
 
 #[test]
@@ -134,14 +134,14 @@ fn a_view_file_that_is_removed_under_a_running_runtime_is_noticed() {
     let (lines, events) = history(20);
     let world = World::running(&["ledger"]);
     world.append(&lines[..10]);
-    world.rows_at("ledger", "left=9");
+    world.rows_at("ledger", "9");
     std::fs::remove_file(world.data().join("views/ledger/1.sqlite")).unwrap();
     world.append(&lines[10..]);
     let status = world.wait_until("ledger", "the fault", |p| p["state"] == "faulted");
     assert!(status["error"].as_str().unwrap().contains("was removed or replaced"), "{status}");
     assert_eq!(world.get("/readyz").status, 503);
     world.ok(&["rebuild", "ledger", "--wait"]);
-    assert_eq!(ledger(&world.rows_at("ledger", "left=19")), fold(&events));
+    assert_eq!(ledger(&world.rows_at("ledger", "19")), fold(&events));
 }
 
 #[test]
@@ -165,7 +165,7 @@ fn a_missing_catalogue_does_not_take_the_views_with_it() {
     let (lines, events) = history(10);
     let mut world = World::running(&["ledger"]);
     world.append(&lines);
-    world.rows_at("ledger", "left=9");
+    world.rows_at("ledger", "9");
     world.stop();
     let (catalogue, aside) = (world.data().join("catalogue.sqlite"), world.data().join("aside"));
     let left = |file: &str| std::fs::metadata(world.data().join(file)).map_or(0, |m| m.len());
@@ -176,7 +176,7 @@ fn a_missing_catalogue_does_not_take_the_views_with_it() {
     assert!(output.status.code() == Some(1) && error.contains("is missing, but there are generations"), "{error}");
     std::fs::rename(aside, catalogue).unwrap();
     world.start();
-    assert_eq!(ledger(&world.rows_at("ledger", "left=9")), fold(&events));
+    assert_eq!(ledger(&world.rows_at("ledger", "9")), fold(&events));
 }
 
 #[test]

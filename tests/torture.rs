@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use shadowbox::fault::POINTS;
 
-use crate::support::history::{self, Disk, Fold, Position, check_answer, covers, line, parse};
+use crate::support::history::{self, Disk, Fold, Order, Position, check_answer, line, parse};
 use crate::support::{self, World, module, wait_for};
 
 /// Kills of one run, unless the environment says more.
@@ -52,8 +52,10 @@ struct Shared {
     url: Mutex<String>,
     /// Events of each source that may be in the log by now.
     allowed: AtomicU64,
-    /// What an appender was told to be in the log.
-    acknowledged: Mutex<Position>,
+    /// What is known of the log's order.
+    order: Order,
+    /// What an appender was told to be in the log, and where: a position, and the events from there on.
+    acknowledged: Mutex<Vec<(u64, Vec<(&'static str, u64)>)>>,
     /// How far readers have seen each view.
     seen: Mutex<BTreeMap<&'static str, Position>>,
     answers: AtomicU64,
@@ -76,8 +78,27 @@ impl Shared {
         format!("{}{path}", self.url.lock().unwrap())
     }
 
-    fn acknowledge(&self, source: &str, last: u64) {
-        self.acknowledged.lock().unwrap().insert(source.to_owned(), last);
+    /// Notes an answer to an append.
+    fn acknowledge(&self, answer: &Value, events: Vec<(&'static str, u64)>) {
+        let (first, last) = (answer["first_position"].as_u64().unwrap(), answer["last_position"].as_u64());
+        assert_eq!(last, Some(first + events.len() as u64 - 1), "in one transaction: {answer}");
+        assert_eq!(answer["position"].as_u64(), last, "{answer}");
+        let (appended, duplicates) = (answer["appended"].as_u64().unwrap(), answer["duplicates"].as_u64().unwrap());
+        // A transaction is there or not.
+        let all = events.len() as u64;
+        assert!([(all, 0), (0, all)].contains(&(appended, duplicates)), "{answer}");
+        self.acknowledged.lock().unwrap().push((first, events));
+    }
+
+    /// The last position that somebody was told of.
+    fn told(&self) -> Position {
+        let acknowledged = self.acknowledged.lock().unwrap();
+        acknowledged.iter().map(|(first, events)| first + events.len() as u64 - 1).max()
+    }
+
+    fn check(&self, view: &str, answer: &support::Answer, fold: &mut Fold) -> Position {
+        self.order.read_to(&self.directory, parse(answer.header("shadowbox-position")));
+        check_answer(view, answer, fold, &self.order)
     }
 
     /// Waits until events up to `next` may be appended; false if no more are to be.
@@ -107,11 +128,9 @@ fn append_over_http(shared: &Shared, mut dice: Dice) {
         });
         let Some(answer) = answer else { return };
         assert_eq!(answer.status, 200, "{}", answer.body);
-        let json = answer.json();
-        let positions = json["positions"].as_array().unwrap().iter().map(|p| p["position"].as_u64().unwrap());
-        assert!(positions.eq((next..next + n).chain(next..next + n)), "{next} + {n}: {}", answer.body);
+        let events = ["left", "orders"].map(|source| (next..next + n).map(move |i| (source, i)));
+        shared.acknowledge(&answer.json(), events.into_iter().flatten().collect());
         next += n;
-        ["left", "orders"].iter().for_each(|source| shared.acknowledge(source, next - 1));
     }
 }
 
@@ -142,42 +161,41 @@ fn append_by_command(shared: &Shared, mut dice: Dice) {
             continue;
         }
         let answer: Value = serde_json::from_slice(&output.stdout).unwrap();
-        assert_eq!(answer["last"]["right"], next + n - 1, "{answer}");
+        shared.acknowledge(&answer, (next..next + n).map(|i| ("right", i)).collect());
         (next, n) = (next + n, 1 + dice.below(40));
-        shared.acknowledge("right", next - 1);
     }
 }
 
 /// Asks for what is acknowledged, and takes what there is.
-fn read(shared: &Shared, view: &'static str, sources: &[&str]) {
-    let (mut fold, mut last, mut generation) = (Fold::default(), Position::new(), 0);
+fn read(shared: &Shared, view: &'static str) {
+    let (mut fold, mut last, mut generation) = (Fold::default(), None, 0);
     while !shared.over.load(Ordering::Relaxed) {
-        let mut wanted = shared.acknowledged.lock().unwrap().clone();
-        wanted.retain(|source, _| sources.contains(&source.as_str()));
-        let header = wanted.iter().map(|(source, n)| format!("{source}={n}")).collect::<Vec<_>>().join(",");
+        // Whoever's event it was: a view is complete to what its projection does not want, too.
+        let wanted = shared.told();
+        let header = wanted.map(|position| position.to_string());
         let mut headers = vec![("prefer", "wait=0.1")];
-        if !wanted.is_empty() {
-            headers.push(("shadowbox-position", header.as_str()));
-        }
+        headers.extend(header.as_deref().map(|header| ("shadowbox-position", header)));
         let begin = Instant::now();
         let answer = support::get(&shared.url(&format!("/views/{view}")), &headers);
         match answer {
             Some(answer) if answer.status == 200 => {
-                let position = check_answer(view, &answer, &mut fold);
-                assert!(covers(&position, &wanted), "{view}: {position:?} for {wanted:?}");
-                assert!(covers(&position, &last), "{view} went back from {last:?} to {position:?}");
+                let position = shared.check(view, &answer, &mut fold);
+                assert!(position >= wanted, "{view}: {position:?} for {wanted:?}");
+                let covers = shared.order.covers(view, position, last);
+                assert!(covers, "{view} went back from {last:?} to {position:?}");
                 let now = answer.header("shadowbox-generation").parse().unwrap();
                 assert!(now >= generation, "{view} went back from generation {generation} to {now}");
                 (last, generation) = (position, now);
-                shared.seen.lock().unwrap().insert(view, last.clone());
+                shared.seen.lock().unwrap().insert(view, last);
                 shared.answers.fetch_add(1, Ordering::Relaxed);
             }
             Some(answer) if answer.status == 412 => {
                 let position = parse(answer.header("shadowbox-position"));
-                assert!(covers(&position, &last), "{view} went back from {last:?} to {position:?}");
+                let covers = shared.order.covers(view, position, last);
+                assert!(covers, "{view} went back from {last:?} to {position:?}");
             }
             // There is no such view before the first generation, and a file may go away over a promotion.
-            Some(answer) => assert!(answer.status == 404 && last.is_empty() || answer.status == 503, "{}", answer.body),
+            Some(answer) => assert!(answer.status == 404 && last.is_none() || answer.status == 503, "{}", answer.body),
             None => {}
         }
         wait_for("a moment without reading", || (begin.elapsed() >= Duration::from_millis(10)).then_some(()));
@@ -200,18 +218,14 @@ impl Torturer<'_> {
             let names: Vec<_> = POINTS.iter().map(|point| point.name).collect();
             format!("{}=kill:{}", self.dice.pick(&names), 1 + self.dice.below(4))
         });
-        let acknowledged = self.shared.acknowledged.lock().unwrap().clone();
+        let told = self.shared.told();
         if let Err(status) = self.world.try_start(&[], fault.as_deref()) {
             return self.died(status, fault.as_deref());
         }
         *self.shared.url.lock().unwrap() = self.world.url("");
-        let heads = support::get(&self.world.url("/status"), &[]).map(|answer| answer.json()["sources"].clone());
-        for head in heads.iter().flat_map(|heads| heads.as_array().unwrap()) {
-            let (source, head) = (head["source"].as_str().unwrap(), head["head"].as_u64());
-            assert!(
-                head >= acknowledged.get(source).copied(),
-                "{source} was acknowledged up to {acknowledged:?}: {head:?}"
-            );
+        if let Some(status) = support::get(&self.world.url("/status"), &[]) {
+            let head = status.json()["log"]["head"].as_u64();
+            assert!(head >= told, "somebody was told of {told:?}, and the log ends at {head:?}");
         }
         let act = self.dice.below(4);
         if act.is_multiple_of(2) {
@@ -244,10 +258,16 @@ impl Torturer<'_> {
     fn dead(&mut self) {
         self.kills += 1;
         let seen = self.shared.seen.lock().unwrap().clone();
-        let live = self.disk.check(&self.world.data());
+        let live = self.disk_check();
         for (view, seen) in seen {
-            assert!(covers(&live[view], &seen), "{view} was seen at {seen:?}, and is at {:?}", live[view]);
+            let covers = self.shared.order.covers(view, live[view], seen);
+            assert!(covers, "{view} was seen at {seen:?}, and is at {:?}", live[view]);
         }
+    }
+
+    fn disk_check(&mut self) -> BTreeMap<&'static str, Position> {
+        let Shared { order, directory, .. } = self.shared;
+        self.disk.check(&self.world.data(), order, |position| order.read_to(directory, position))
     }
 
     /// Killed before it is up, perhaps twice.
@@ -272,26 +292,21 @@ impl Torturer<'_> {
         for appender in appenders {
             appender.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         }
-        let views = [("ledger", "ledger", &["left", "right"][..]), ("order-summary", "order_summary", &["orders"])];
-        for (projection, view, sources) in views {
+        for (projection, view) in history::VIEWS {
             let status = self.world.wait_until(projection, "the head", |p| {
                 p["state"] == "live" && p["lag_events"] == 0 && p["building"].is_null()
             });
             assert!(status["error"].is_null(), "{status:#}");
             let answer = self.world.get(&format!("/views/{view}"));
-            let position = check_answer(view, &answer, &mut Fold::default());
-            let acknowledged = self.shared.acknowledged.lock().unwrap().clone();
-            let acknowledged = acknowledged.into_iter().filter(|(source, _)| sources.contains(&source.as_str()));
-            assert!(covers(&position, &acknowledged.collect()), "{position:?}");
-            // The order across sources is no function of positions, but a rebuild must know it.
+            let position = self.shared.check(view, &answer, &mut Fold::default());
+            assert!(position >= self.shared.told(), "{position:?}");
+            assert_eq!(status["position"].as_u64(), position);
             self.world.ok(&["rebuild", projection, "--wait"]);
             let rebuilt = self.world.get(&format!("/views/{view}"));
-            assert_eq!(check_answer(view, &rebuilt, &mut Fold::default()), position, "{view} rebuilt");
+            assert_eq!(self.shared.check(view, &rebuilt, &mut Fold::default()), position, "{view} rebuilt");
             assert_eq!(without_code(&rebuilt), without_code(&answer), "{view} rebuilt");
-            for source in sources {
-                check_log(&self.world, source, position[*source]);
-            }
         }
+        check_log(&self.world, self.shared);
         let generation = self.world.projection("ledger")["generation"].as_u64().unwrap();
         self.shared.over.store(true, Ordering::Relaxed);
         self.world.stop();
@@ -308,19 +323,28 @@ fn without_code(answer: &support::Answer) -> Value {
     rows
 }
 
-/// Every event is there once, in order, up to the head.
-fn check_log(world: &World, source: &str, head: u64) {
-    let events = world.ok(&["events", "--source", source]);
-    let mut n = 0;
-    for found in events.lines() {
+/// Every event is there once, the events of each source in their order, and each where its appender was told that it is.
+fn check_log(world: &World, shared: &Shared) {
+    let log = world.ok(&["events"]);
+    let mut next: BTreeMap<&str, u64> = BTreeMap::new();
+    let known = shared.order.known();
+    assert_eq!(log.lines().count(), known.len());
+    for (position, (found, (source, n))) in log.lines().zip(&known).enumerate() {
+        let next = next.entry(source).or_default();
+        assert_eq!(n, next, "position {position} of the log, of {source}");
+        *next += 1;
         let (found, expected): (Value, Value) =
-            (serde_json::from_str(found).unwrap(), serde_json::from_str(&line(source, n)).unwrap());
-        for part in ["id", "type", "time", "data"] {
-            assert_eq!(found[part], expected[part], "position {n} of {source}");
+            (serde_json::from_str(found).unwrap(), serde_json::from_str(&line(source, *n)).unwrap());
+        assert_eq!(found["position"], position);
+        for part in ["source", "id", "type", "time", "data"] {
+            assert_eq!(found[part], expected[part], "position {position}");
         }
-        n += 1;
     }
-    assert_eq!(n, head + 1, "{source}");
+    for (first, events) in shared.acknowledged.lock().unwrap().iter() {
+        for (position, (source, n)) in (*first as usize..).zip(events) {
+            assert_eq!(known[position], ((*source).to_owned(), *n), "told to be at {position}");
+        }
+    }
 }
 
 fn environment(name: &str) -> Option<u64> {
@@ -345,6 +369,7 @@ fn whenever_it_is_killed_every_view_is_the_fold_of_the_log_up_to_its_position() 
         directory: world.directory.path().to_owned(),
         url: Mutex::default(),
         allowed: AtomicU64::new(0),
+        order: Order::default(),
         acknowledged: Mutex::default(),
         seen: Mutex::default(),
         answers: AtomicU64::new(0),
@@ -359,8 +384,8 @@ fn whenever_it_is_killed_every_view_is_the_fold_of_the_log_up_to_its_position() 
             scope.spawn(|| append_by_command(&shared, Dice(seed.wrapping_add(2)))),
         ];
         let readers = [
-            scope.spawn(|| read(&shared, "ledger", &["left", "right"])),
-            scope.spawn(|| read(&shared, "order_summary", &["orders"])),
+            scope.spawn(|| read(&shared, "ledger")),
+            scope.spawn(|| read(&shared, "order_summary")),
         ];
         let step = (EVENTS / kills).max(20);
         while torturer.kills < kills && !appenders.iter().chain(&readers).any(|thread| thread.is_finished()) {
@@ -371,6 +396,6 @@ fn whenever_it_is_killed_every_view_is_the_fold_of_the_log_up_to_its_position() 
         torturer.end(appenders)
     });
     let answers = shared.answers.load(Ordering::Relaxed);
-    eprintln!("{kills} kills, {generation} generations, {answers} answers, {:?}", shared.acknowledged.lock().unwrap());
+    eprintln!("{kills} kills, {generation} generations, {answers} answers, the log to {:?}", shared.told());
     assert!(answers > 0 && generation > 1);
 }

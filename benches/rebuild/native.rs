@@ -1,15 +1,13 @@
-//! What somebody would write by hand who needs these views, once and fast, in one thread: read the columns that the views
-//! are made of and no others, parse the borrowed payload, fold in hash maps, and write the rows that changed, once for
-//! each transaction and in the order of their keys.
+//! What somebody would write by hand who needs these views, once and fast, in one thread: read a plain table of events in
+//! one scan by position, the columns that the views are made of and no others; parse the borrowed payload, fold in hash
+//! maps, and write the rows that changed, once for each transaction and in the order of their keys.
 
 use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::path::Path;
 use std::rc::Rc;
 
 use anyhow::{Context, Result, bail};
-use rusqlite::types::ValueRef;
-use rusqlite::{Connection, OpenFlags, Transaction, TransactionBehavior, params};
+use rusqlite::{Connection, OpenFlags, Row, Transaction, TransactionBehavior, params};
 use serde::Deserialize;
 use shadowbox::model::Time;
 
@@ -21,22 +19,20 @@ const ROWS: usize = 50_000;
 /// Flights in a note of those that wait for a fact.
 const ROOM: usize = 16;
 
-/// Folds the log of a directory into `file`; answers how many events it took.
-pub(crate) fn run(projection: &str, log: &Path, file: &Path) -> Result<u64> {
+/// Folds a table of events, see `support::plain`, into `file`; answers how many events it took.
+pub(crate) fn run(projection: &str, table: &Path, file: &Path) -> Result<u64> {
     match projection {
-        "event-counts" => catch_up(Counts::default(), log, file),
-        "carrier-performance" => catch_up(Carriers::default(), log, file),
-        "flight-board" => catch_up(Board::default(), log, file),
+        "event-counts" => catch_up(Counts::default(), table, file),
+        "carrier-performance" => catch_up(Carriers::default(), table, file),
+        "flight-board" => catch_up(Board::default(), table, file),
         _ => bail!("no such projection"),
     }
 }
 
 trait Fold {
-    /// In this order; the rows do not depend on it.
-    const SOURCES: &'static [&'static str];
     const SCHEMA: &'static str;
-    /// The one column that it needs beside the type.
-    const COLUMN: &'static str = "payload";
+    /// What it needs beside position and type: [`Event::columns`] from 2 on.
+    const COLUMNS: &'static str = "payload";
 
     /// Answers false for an event that it does not want.
     fn apply(&mut self, event: &Event<'_>) -> Result<bool>;
@@ -45,47 +41,34 @@ trait Fold {
 }
 
 struct Event<'a> {
-    /// Its place in [`Fold::SOURCES`].
-    source: usize,
-    type_number: i64,
     event_type: &'a str,
-    column: ValueRef<'a>,
+    columns: &'a Row<'a>,
 }
 
 impl<'a> Event<'a> {
     fn parse<T: Deserialize<'a>>(&self) -> Result<T> {
-        Ok(serde_json::from_slice(self.column.as_blob()?)?)
+        Ok(serde_json::from_slice(self.columns.get_ref(2)?.as_blob()?)?)
     }
 }
 
-fn catch_up<F: Fold>(mut fold: F, log: &Path, file: &Path) -> Result<u64> {
+fn catch_up<F: Fold>(mut fold: F, table: &Path, file: &Path) -> Result<u64> {
     let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-    let log = Connection::open_with_flags(log.join("log.sqlite"), flags)?;
-    let types: Map<i64, String> = log
-        .prepare("SELECT number, name FROM types")?
-        .query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?
-        .collect::<rusqlite::Result<_>>()?;
+    let table = Connection::open_with_flags(table, flags)?;
     let mut store = open::<F>(file)?;
-    let mut events = 0;
-    for (index, source) in F::SOURCES.iter().enumerate() {
-        let number: i64 = log.query_row("SELECT number FROM sources WHERE name = ?", [source], |row| row.get(0))?;
-        let sql = format!("SELECT position, type, {} FROM source_{number} ORDER BY position", F::COLUMN);
-        let mut statement = log.prepare(&sql)?;
-        let mut rows = statement.query([])?;
-        let mut position = 0;
-        while let Some(row) = rows.next()? {
-            position = row.get(0)?;
-            let type_number = row.get(1)?;
-            let event_type = types.get(&type_number).context("an unknown type")?;
-            if fold.apply(&Event { source: index, type_number, event_type, column: row.get_ref(2)? })? {
-                events += 1;
-            }
-            if fold.changed_rows() >= ROWS {
-                commit(&mut fold, &mut store, source, position)?;
-            }
+    let mut statement =
+        table.prepare(&format!("SELECT position, type, {} FROM events ORDER BY position", F::COLUMNS))?;
+    let mut rows = statement.query([])?;
+    let (mut events, mut position) = (0, 0);
+    while let Some(row) = rows.next()? {
+        position = row.get(0)?;
+        if fold.apply(&Event { event_type: row.get_ref(1)?.as_str()?, columns: row })? {
+            events += 1;
         }
-        commit(&mut fold, &mut store, source, position)?;
+        if fold.changed_rows() >= ROWS {
+            commit(&mut fold, &mut store, position)?;
+        }
     }
+    commit(&mut fold, &mut store, position)?;
     Ok(events)
 }
 
@@ -96,15 +79,14 @@ fn open<F: Fold>(file: &Path) -> Result<Connection> {
     connection.pragma_update(None, "cache_size", -16_384)?;
     connection.set_prepared_statement_cache_capacity(16);
     connection.execute_batch(F::SCHEMA)?;
-    connection.execute_batch("CREATE TABLE checkpoint (source TEXT PRIMARY KEY, position INTEGER) STRICT")?;
+    connection.execute_batch("CREATE TABLE checkpoint (one INTEGER PRIMARY KEY, position INTEGER NOT NULL) STRICT")?;
     Ok(connection)
 }
 
-fn commit(fold: &mut impl Fold, store: &mut Connection, source: &str, position: i64) -> Result<()> {
+fn commit(fold: &mut impl Fold, store: &mut Connection, position: i64) -> Result<()> {
     let transaction = store.transaction_with_behavior(TransactionBehavior::Immediate)?;
     fold.write(&transaction)?;
-    let sql = "INSERT INTO checkpoint VALUES (?, ?) ON CONFLICT (source) DO UPDATE SET position = excluded.position";
-    transaction.prepare_cached(sql)?.execute(params![source, position])?;
+    transaction.prepare_cached("INSERT OR REPLACE INTO checkpoint VALUES (1, ?)")?.execute([position])?;
     transaction.commit()?;
     Ok(())
 }
@@ -135,31 +117,26 @@ struct AirlineRegistered<'a> {
 /// How many events of each type of each source, and when the first and the last of them happened.
 #[derive(Default)]
 struct Counts {
-    rows: Map<(usize, i64), Count>,
+    symbols: Symbols,
+    rows: Map<(Symbol, Symbol), Count>,
 }
 
 struct Count {
-    event_type: String,
     events: i64,
     first_at: i64,
     last_at: i64,
 }
 
 impl Fold for Counts {
-    const SOURCES: &'static [&'static str] = &["fleet", "flights", "weather"];
     const SCHEMA: &'static str = "
         CREATE TABLE event_counts (source TEXT NOT NULL, event_type TEXT NOT NULL, events INTEGER NOT NULL,
             first_at TEXT NOT NULL, last_at TEXT NOT NULL, PRIMARY KEY (source, event_type)) STRICT, WITHOUT ROWID;";
-    const COLUMN: &'static str = "time";
+    const COLUMNS: &'static str = "time, source";
 
     fn apply(&mut self, event: &Event<'_>) -> Result<bool> {
-        let at = event.column.as_i64()?;
-        let count = self.rows.entry((event.source, event.type_number)).or_insert_with(|| Count {
-            event_type: event.event_type.to_owned(),
-            events: 0,
-            first_at: at,
-            last_at: at,
-        });
+        let at = event.columns.get(2)?;
+        let key = (self.symbols.of(event.columns.get_ref(3)?.as_str()?), self.symbols.of(event.event_type));
+        let count = self.rows.entry(key).or_insert(Count { events: 0, first_at: at, last_at: at });
         count.events += 1;
         count.last_at = at;
         Ok(true)
@@ -175,10 +152,10 @@ impl Fold for Counts {
              events = excluded.events, first_at = excluded.first_at, last_at = excluded.last_at",
         )?;
         let (mut first_at, mut last_at) = (String::new(), String::new());
-        for (&(source, _), count) in &self.rows {
+        for (&(source, event_type), count) in &self.rows {
             upsert.execute(params![
-                Self::SOURCES[source],
-                count.event_type,
+                self.symbols.text(source),
+                self.symbols.text(event_type),
                 count.events,
                 sortable(count.first_at, &mut first_at)?,
                 sortable(count.last_at, &mut last_at)?
@@ -239,7 +216,6 @@ impl Carriers {
 }
 
 impl Fold for Carriers {
-    const SOURCES: &'static [&'static str] = &["fleet", "flights"];
     const SCHEMA: &'static str = "
         CREATE TABLE carrier_performance (carrier TEXT NOT NULL, name TEXT, scheduled INTEGER NOT NULL,
             departed INTEGER NOT NULL, cancelled INTEGER NOT NULL, arrived INTEGER NOT NULL, diverted INTEGER NOT NULL,
@@ -377,7 +353,7 @@ struct Fact {
     weather: Weather,
     /// The flights that wait for it.
     waiting: Vec<u32>,
-    /// How many of them the notes in the file have.
+    /// How many are in the notes that the file has.
     noted: usize,
     changed: bool,
 }
@@ -399,8 +375,9 @@ struct Flight {
     changed: bool,
 }
 
-/// It reads all facts before the first flight. What a flight does not find then is noted, as the plugin does it, so
-/// that the views could go on from here; but nothing of this run will ever look for a note.
+/// A flight takes the facts that are known, and waits for the others: a fact gives itself to those who wait when it comes.
+/// Who waits is noted in the file, as the plugin does it, so that the views could go on from there; this run has it all in
+/// memory, and never reads a note.
 #[derive(Default)]
 struct Board {
     symbols: Symbols,
@@ -453,15 +430,27 @@ fn sortable(microseconds: i64, out: &mut String) -> Result<&str> {
 }
 
 impl Board {
-    fn learn(&mut self, key: FactKey, name: Option<Symbol>, weather: Weather) -> Result<()> {
+    fn learn(&mut self, key: FactKey, name: Option<Symbol>, weather: Weather) {
+        let fact = self.facts.entry(key).or_default();
         // The first one counts.
-        if let Entry::Vacant(place) = self.facts.entry(key) {
-            place.insert(Fact { known: true, name, weather, changed: true, ..Fact::default() });
-            self.changed_facts.push(key);
-        } else if !self.facts[&key].known {
-            bail!("a fact after a flight that waits for it");
+        if std::mem::replace(&mut fact.known, true) {
+            return;
         }
-        Ok(())
+        (fact.name, fact.weather) = (name, weather);
+        if !std::mem::replace(&mut fact.changed, true) {
+            self.changed_facts.push(key);
+        }
+        for number in std::mem::take(&mut fact.waiting) {
+            let flight = &mut self.flights[number as usize];
+            match key.0 {
+                Kind::Airline => flight.airline = name,
+                Kind::Aircraft => flight.aircraft = name,
+                Kind::Weather => flight.weather = weather,
+            }
+            if !std::mem::replace(&mut flight.changed, true) {
+                self.changed_flights.push(number);
+            }
+        }
     }
 
     fn ask(&mut self, key: FactKey, flight: u32) -> Option<&Fact> {
@@ -527,6 +516,9 @@ impl Board {
             "INSERT INTO waiting VALUES (?, ?, ?, ?, ?)
              ON CONFLICT (kind, id, hour, number) DO UPDATE SET flight_ids = excluded.flight_ids",
         )?;
+        // Those whose fact has come wait no more.
+        let mut remove_notes =
+            transaction.prepare_cached("DELETE FROM waiting WHERE kind = ? AND id = ? AND hour = ?")?;
         self.changed_facts.sort_unstable_by_key(|&(kind, id, hour)| (kind, symbols.text(id), hour));
         for key in self.changed_facts.drain(..) {
             let fact = self.facts.get_mut(&key).context("a fact that changed")?;
@@ -543,6 +535,12 @@ impl Board {
                 fact.weather.precipitation,
                 fact.waiting.len() as i64
             ])?;
+            if fact.known {
+                if std::mem::take(&mut fact.noted) > 0 {
+                    remove_notes.execute([kind, id, hour])?;
+                }
+                continue;
+            }
             for (number, note) in fact.waiting.chunks(ROOM).enumerate().skip(fact.noted / ROOM) {
                 let ids: Vec<&str> = note.iter().map(|&flight| &*flights[flight as usize].flight_id).collect();
                 upsert_note.execute(params![kind, id, hour, number as i64, serde_json::to_string(&ids)?])?;
@@ -554,7 +552,6 @@ impl Board {
 }
 
 impl Fold for Board {
-    const SOURCES: &'static [&'static str] = &["fleet", "weather", "flights"];
     const SCHEMA: &'static str = "
         CREATE TABLE flight_board (flight_id TEXT NOT NULL, carrier TEXT NOT NULL, airline TEXT, flight INTEGER NOT NULL,
             tailnum TEXT, aircraft TEXT, origin TEXT NOT NULL, dest TEXT NOT NULL, status TEXT NOT NULL,
@@ -582,18 +579,18 @@ impl Fold for Board {
             "AirlineRegistered" => {
                 let e: AirlineRegistered<'_> = event.parse()?;
                 let (carrier, name) = (self.symbols.of(e.carrier), self.symbols.of(&e.name));
-                self.learn((Kind::Airline, carrier, 0), Some(name), Weather::default())?;
+                self.learn((Kind::Airline, carrier, 0), Some(name), Weather::default());
             }
             "AircraftRegistered" => {
                 let e: AircraftRegistered<'_> = event.parse()?;
                 let (tailnum, model) = (self.symbols.of(e.tailnum), self.symbols.of(&e.model));
-                self.learn((Kind::Aircraft, tailnum, 0), Some(model), Weather::default())?;
+                self.learn((Kind::Aircraft, tailnum, 0), Some(model), Weather::default());
             }
             "WeatherObserved" => {
                 let e: WeatherObserved<'_> = event.parse()?;
                 let key = (Kind::Weather, self.symbols.of(e.airport), hour(microseconds(e.observed_at)?));
                 let (wind_speed, visibility, precipitation) = (e.wind_speed, e.visib, e.precip);
-                self.learn(key, None, Weather { wind_speed, visibility, precipitation })?;
+                self.learn(key, None, Weather { wind_speed, visibility, precipitation });
             }
             _ => return Ok(false),
         }

@@ -5,10 +5,11 @@ use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use rusqlite::Connection;
+use rusqlite::{Connection, params};
 use sha2::{Digest, Sha256};
 use shadowbox::config::limits;
-use shadowbox::log::{EventLog, cloudevents};
+use shadowbox::log::interleave::Interleave;
+use shadowbox::log::{EventLog, Filter, cloudevents};
 use shadowbox::model::NewEvent;
 
 use super::{root, workplace};
@@ -37,12 +38,11 @@ impl Input {
         self.directory.join(format!("{source}.jsonl.zst"))
     }
 
-    /// Calls `each` for the events of a source, in their order.
-    fn events(&self, source: &str, mut each: impl FnMut(NewEvent) -> Result<()>) -> Result<()> {
-        for line in BufReader::new(zstd::Decoder::new(fs::File::open(self.file(source))?)?).lines() {
-            each(cloudevents::parse(line?.as_bytes(), Some(source))?)?;
-        }
-        Ok(())
+    /// The events of a source, in their order, with the numbers of their lines.
+    fn events(&self, source: &'static str) -> Result<impl Iterator<Item = Result<(u64, NewEvent)>> + use<>> {
+        let lines = BufReader::new(zstd::Decoder::new(fs::File::open(self.file(source))?)?).lines();
+        let parse = move |line: std::io::Result<String>| Ok(cloudevents::parse(line?.as_bytes(), Some(source))?);
+        Ok((1..).zip(lines).map(move |(number, line)| parse(line).map(|event| (number, event))))
     }
 }
 
@@ -50,6 +50,8 @@ impl Input {
 pub(super) fn log(millions: u64) -> Result<PathBuf> {
     let input = Input::find();
     let mut digest = Sha256::new();
+    // Logs of another making are not these.
+    digest.update("interleaved, packed");
     digest.update(input.repetitions.to_le_bytes());
     for source in SOURCES {
         let file = input.file(source);
@@ -76,26 +78,32 @@ pub(super) fn log(millions: u64) -> Result<PathBuf> {
     Ok(made(millions))
 }
 
+/// The first repetition of the flights stands among the events of the other services, as they happened: an import of the
+/// three archives by `shadowbox append` gives the same order. Later repetitions have the times of the first one, and come
+/// after everything.
 fn make(input: &Input, directory: &Path, millions: std::ops::Range<u64>) -> Result<()> {
     let log = EventLog::open(directory)?;
     let mut events = Vec::with_capacity(limits::APPEND_EVENTS);
     let mut append = |event: NewEvent| -> Result<()> {
         events.push(event);
         if events.len() == limits::APPEND_EVENTS {
-            log.append(&events)?;
-            events.clear();
+            log.append(std::mem::take(&mut events))?;
         }
         Ok(())
     };
-    if millions.start == 0 {
-        input.events("fleet", &mut append)?;
-        input.events("weather", &mut append)?;
+    let mut repetitions = millions.start * input.repetitions..millions.end * input.repetitions;
+    if repetitions.start == 0 {
+        repetitions.start = 1;
+        let archives = SOURCES.iter().map(|source| input.events(source)).collect::<Result<Vec<_>>>()?;
+        Interleave::new(archives).try_for_each(|next| append(next?.1))?;
     }
-    for repetition in millions.start * input.repetitions..millions.end * input.repetitions {
+    for repetition in repetitions {
         let weeks = input.weeks * i64::try_from(repetition)?;
-        input.events("flights", |event| append(later(event, weeks)?))?;
+        input.events("flights")?.try_for_each(|event| append(later(event?.1, weeks)?))?;
     }
-    log.append(&events)?;
+    log.append(events)?;
+    log.seal(0)?;
+    log.tidy();
     drop(log);
     // The file is all: what is linked into a data directory comes without its write-ahead log.
     let connection = Connection::open(directory.join("log.sqlite"))?;
@@ -103,6 +111,51 @@ fn make(input: &Input, directory: &Path, millions: std::ops::Range<u64>) -> Resu
     ensure!(busy == 0, "the log is in use");
     connection.close().map_err(|(_, error)| error)?;
     Ok(())
+}
+
+/// See [`super::plain`].
+pub(super) fn plain(log: &Path) -> Result<PathBuf> {
+    let made = log.join("plain.sqlite");
+    if made.exists() {
+        return Ok(made);
+    }
+    println!("making a plain table of {}", log.display());
+    let part = log.join("plain.part");
+    if part.exists() {
+        fs::remove_file(&part)?;
+    }
+    let log = EventLog::open(log)?;
+    let mut table = Connection::open(&part)?;
+    // Nobody reads it before it has its name.
+    table.pragma_update(None, "journal_mode", "off")?;
+    table.pragma_update(None, "synchronous", "off")?;
+    table.execute_batch(super::PLAIN)?;
+    let transaction = table.transaction()?;
+    let mut next = Some(0);
+    while let Some(begin) = next {
+        let mut insert = transaction.prepare_cached("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?)")?;
+        let mut written = Ok(0);
+        next = log.events(&Filter::default(), begin, limits::APPEND_EVENTS, |event| {
+            let e = &event.event;
+            let row = params![
+                event.position.0 as i64,
+                e.source,
+                e.event_type,
+                e.time.microseconds(),
+                e.stream,
+                e.id,
+                e.payload
+            ];
+            if written.is_ok() {
+                written = insert.execute(row);
+            }
+        })?;
+        written?;
+    }
+    transaction.commit()?;
+    table.close().map_err(|(_, error)| error)?;
+    fs::rename(part, &made)?;
+    Ok(made)
 }
 
 /// The event of a flight, later by the date in the flight's id alone. Its times stay, or there would be no weather for it.

@@ -19,7 +19,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use shadowbox::config::Written;
-use shadowbox::model::Checkpoint;
+use shadowbox::manifest::{CONTRACT, Manifest};
 use shadowbox::supervisor::{LiveView, Runtime};
 
 /// Nothing that a bench waits for takes as long; what does stands still.
@@ -220,10 +220,31 @@ pub(crate) fn module_file(package: &str) -> String {
     format!("{}.wasm", package.replace('-', "_"))
 }
 
-/// The directory of a log with so many million events, rounded: flights but for some 30,000, see `events.rs`. It is for
-/// reading: take it with [`Home::link_log`] or [`Home::copy_log`].
+/// The directory of a log with so many million events, rounded: flights but for some 30,000, see `events.rs`. All of it is
+/// packed but for the last block's worth at most, so that no runtime packs anything in it. It is for reading: take it with
+/// [`Home::link_log`] or [`Home::copy_log`].
 pub(crate) fn log(millions: u64) -> Result<PathBuf> {
     events::log(millions)
+}
+
+/// The same events as somebody has them who has no Shadowbox: an SQLite file with one table `events`, in the order of the
+/// log. Made once for each log, and kept beside it.
+pub(crate) fn plain(log: &Path) -> Result<PathBuf> {
+    events::plain(log)
+}
+
+/// The table of such a file.
+pub(crate) const PLAIN: &str = "CREATE TABLE events (position INTEGER PRIMARY KEY, source TEXT NOT NULL,
+    type TEXT NOT NULL, time INTEGER NOT NULL, stream TEXT NOT NULL, id TEXT NOT NULL, payload BLOB NOT NULL) STRICT;";
+
+/// What a projection declares that wants these sources, all or some types of them, to read the log as it would.
+pub(crate) fn wanting(source: &str, types: &[&str]) -> Result<Manifest> {
+    let manifest = json!({
+        "contract": CONTRACT, "projection": "bench", "version": 1,
+        "sources": [{ "source": source, "types": types }],
+        "views": [{ "name": "bench", "columns": [{ "name": "key", "type": "text" }], "key": ["key"] }],
+    });
+    Ok(Manifest::parse(&manifest.to_string())?)
 }
 
 /// A module in which a text is replaced by another one of the same length wherever it occurs: another name, or other
@@ -380,7 +401,7 @@ pub(crate) async fn catch_up(home: &Home, view_name: &str) -> Result<(Runtime, L
     let watch = Stopwatch::start()?;
     let runtime = home.start().await?;
     let live = view(&runtime, view_name, |_| true).await;
-    caught_up(&runtime, &live).await?;
+    caught_up(&runtime, &live).await;
     Ok((runtime, live, watch.stop()?))
 }
 
@@ -395,13 +416,11 @@ pub(crate) async fn view(runtime: &Runtime, name: &str, is: impl Fn(&LiveView) -
     }
 }
 
-/// Waits until a view is complete to the present heads of its sources.
-pub(crate) async fn caught_up(runtime: &Runtime, view: &LiveView) -> Result<()> {
-    let heads = runtime.log().heads_now();
-    let heads = heads.iter().filter(|(source, _)| view.sources.contains(&source.to_string()));
-    let heads: Checkpoint = heads.map(|(source, head)| (source.to_string(), head.position)).collect();
-    view.checkpoint.clone().wait_for(|now| now.covers(&heads, |_| true)).await?;
-    Ok(())
+/// Waits until a view is complete to the present head of the log.
+pub(crate) async fn caught_up(runtime: &Runtime, view: &LiveView) {
+    if let Some(head) = runtime.log().head_now().last() {
+        view.reached.wait_for(head).await;
+    }
 }
 
 /// Measured values, in order.

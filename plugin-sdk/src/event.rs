@@ -1,3 +1,4 @@
+use crate::glob::matches;
 use crate::{Error, Timestamp};
 
 /// One event, as `apply` gets it.
@@ -8,7 +9,8 @@ use crate::{Error, Timestamp};
 pub struct Event<'a, T> {
     /// The source's name.
     pub source: &'a str,
-    /// The position in its source: strictly increasing there, not always dense.
+    /// The position in the log, which is one sequence of the events of all sources: it rises from event to event, with
+    /// gaps where the projection does not subscribe.
     pub position: u64,
     /// The id, unique in its source.
     pub id: &'a str,
@@ -37,7 +39,7 @@ pub trait Events {
     /// The same enum, with payloads that borrow for `'a`.
     type Of<'a>;
 
-    /// One for each source and type of each variant.
+    /// One for each source and type of each variant, as written: names and globs.
     #[doc(hidden)]
     const SUBSCRIPTIONS: &'static [Subscription];
 
@@ -50,16 +52,18 @@ pub trait Events {
     fn parse<'a>(variant: u16, payload: Payload<'a>) -> Result<Self::Of<'a>, Error>;
 }
 
-/// An event type of a source, and the variant that it becomes.
+/// A pattern of sources with a pattern of event types, and the variant that they become.
 #[doc(hidden)]
 #[derive(Clone, Copy, Debug)]
 pub struct Subscription {
-    /// The source's exact name.
+    /// The source's name, or a glob.
     pub source: &'static str,
+    /// Whether that is a glob; the macro knows.
+    pub source_glob: bool,
     /// The type's name, or a glob.
     pub event_type: &'static str,
-    /// Whether it is a glob; the macro knows.
-    pub glob: bool,
+    /// Whether that is a glob.
+    pub type_glob: bool,
     /// The index of the variant.
     pub variant: u16,
 }
@@ -86,15 +90,12 @@ impl<'a> Payload<'a> {
     }
 }
 
-/// The variant for events of this type, or None if the projection does not subscribe to it. An exact name wins over
-/// globs; among globs the first one does.
+/// The variant for events of this source and type, or None if the projection does not subscribe to them. A source's
+/// exact name wins over globs, then a type's exact name does, then whichever stands first.
 pub(crate) fn variant_for(subscriptions: &[Subscription], source: &str, event_type: &str) -> Option<u16> {
-    let mut of_source = subscriptions.iter().filter(|subscription| subscription.source == source);
-    of_source
-        .clone()
-        .find(|subscription| !subscription.glob && subscription.event_type == event_type)
-        .or_else(|| of_source.find(|s| s.glob && crate::glob::matches(s.event_type, event_type)))
-        .map(|subscription| subscription.variant)
+    // A name is a glob that matches itself alone.
+    let matching = subscriptions.iter().filter(|s| matches(s.source, source) && matches(s.event_type, event_type));
+    matching.min_by_key(|s| (s.source_glob, s.type_glob)).map(|s| s.variant)
 }
 
 #[cfg(test)]
@@ -102,21 +103,35 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_exact_name_wins_over_globs_and_the_first_glob_over_later_ones() {
-        let subscription = |source, event_type, glob, variant| Subscription { source, event_type, glob, variant };
+    fn an_exact_source_wins_then_an_exact_type_then_what_stands_first() {
+        let subscription = |source, event_type: &'static str, variant| Subscription {
+            source,
+            source_glob: "*{".chars().any(|c| source.contains(c)),
+            event_type,
+            type_glob: event_type.contains('*'),
+            variant,
+        };
         let all = [
-            subscription("orders", "Order*", true, 0),
-            subscription("orders", "*", true, 1),
-            subscription("orders", "OrderPlaced", false, 2),
-            subscription("carts", "OrderPlaced", false, 3),
+            subscription("*", "Order*", 0),
+            subscription("{orders,carts}", "*", 1),
+            subscription("*", "OrderPlaced", 2),
+            subscription("orders", "Order*", 3),
+            subscription("orders", "O*", 4),
+            subscription("orders", "OrderPaid", 5),
+            subscription("odd\\*", "Odd", 6),
         ];
         for (source, event_type, variant) in [
-            ("orders", "OrderPlaced", Some(2)),
-            ("orders", "OrderShipped", Some(0)),
+            ("orders", "OrderPaid", Some(5)),
+            ("orders", "OrderPlaced", Some(3)),
+            ("orders", "Opened", Some(4)),
             ("orders", "Cancelled", Some(1)),
-            ("carts", "OrderPlaced", Some(3)),
-            ("carts", "OrderShipped", None),
-            ("users", "OrderPlaced", None),
+            ("carts", "OrderPlaced", Some(2)),
+            ("carts", "OrderPaid", Some(0)),
+            ("carts", "Filled", Some(1)),
+            ("users", "OrderPaid", Some(0)),
+            ("users", "Registered", None),
+            ("odd*", "Odd", Some(6)),
+            ("odd-", "Odd", None),
         ] {
             assert_eq!(variant_for(&all, source, event_type), variant, "{source} {event_type}");
         }

@@ -134,7 +134,7 @@ pub use serde_json::json;
 ///     Placed(Placed<'a>),
 ///     #[event("OrderCancelled", "OrderExpired")]
 ///     Gone,
-///     #[event("Payment*", source = "payments")]
+///     #[event("Payment*", source = "payments/*")]
 ///     Payment(serde_json::Value),
 /// }
 ///
@@ -144,11 +144,14 @@ pub use serde_json::json;
 /// }
 /// ```
 ///
-/// - `#[event("Type", ...)]` names one or more event types. `*`, `?`, `[ab]`, `[!ab]`, `[a-z]` and `{a,b}` make a glob.
-///   An exact name wins over globs, and an earlier glob over a later one; which type it was stands in
-///   [`Event::event_type`].
+/// - `#[event("Type", ...)]` names one or more event types; which one it was stands in [`Event::event_type`].
 /// - `source = "..."` says where: at the event, or in `#[events(source = "...")]` for the whole enum. A variant that
-///   stands for events of several sources has several `#[event(...)]`.
+///   stands for events of several sources has several `#[event(...)]`, or a glob; [`Event::source`] tells them apart.
+/// - Both are names or globs: `*` (any characters, `/` too), `?`, `[ab]`, `[!ab]`, `[a-z]` and `{a,b}`. A glob takes
+///   every source that it matches, however many there are and whenever they appear first. Where a character of a name
+///   would make a glob, `\` before it takes it as it is: `r"what\?"`.
+/// - An event that several variants match becomes one of them: a source's exact name wins over globs; then a type's exact
+///   name does; then the variant that stands first.
 /// - A variant holds the payload's type, which implements `serde::Deserialize` and is parsed from JSON; an empty payload
 ///   is `null`. A variant without a payload parses nothing.
 /// - The enum may have one lifetime: then payloads can borrow from the batch, which saves an allocation a field. `&str`

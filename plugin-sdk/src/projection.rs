@@ -164,7 +164,9 @@ fn event<'a, E: Events>(batch: &Batch<'a>, i: usize, variant: u16) -> Result<Eve
 /// The variant for each source and type of a batch, looked up once a batch.
 struct Routes {
     types: usize,
-    by_pair: Vec<Route>,
+    /// The pairs that occur, sorted: where each has its route. None if there is a route for every pair there can be.
+    pairs: Option<Vec<(usize, usize)>>,
+    routes: Vec<Route>,
 }
 
 #[derive(Clone, Copy)]
@@ -175,15 +177,29 @@ enum Route {
 }
 
 impl Routes {
+    /// How many routes an event may cost. A batch has a few sources and some dozens of types as a rule, and finds its
+    /// routes by their place in a table. But it can have as many of both as it has events, and their product is too much.
+    const PER_EVENT: usize = 8;
+
     fn new(batch: &Batch<'_>) -> Self {
         let (sources, types) = batch.dictionaries();
-        // The dictionaries hold what occurs in the batch: a few sources, some dozens of types.
-        Self { types, by_pair: vec![Route::Unknown; sources * types] }
+        let all = sources.saturating_mul(types);
+        if all <= Self::PER_EVENT * batch.len() {
+            return Self { types, pairs: None, routes: vec![Route::Unknown; all] };
+        }
+        let mut pairs: Vec<_> = (0..batch.len()).map(|i| batch.pair(i)).collect();
+        pairs.sort_unstable();
+        pairs.dedup();
+        Self { types, routes: vec![Route::Unknown; pairs.len()], pairs: Some(pairs) }
     }
 
     fn variant(&mut self, subscriptions: &[Subscription], batch: &Batch<'_>, i: usize) -> Option<u16> {
         let (source, event_type) = batch.pair(i);
-        let route = &mut self.by_pair[source * self.types + event_type];
+        let place = match &self.pairs {
+            None => source * self.types + event_type,
+            Some(pairs) => pairs.binary_search(&(source, event_type)).expect("the pairs are of this batch"),
+        };
+        let route = &mut self.routes[place];
         if let Route::Unknown = route {
             let fixed = batch.fixed(i);
             *route = variant_for(subscriptions, fixed.source, fixed.event_type).map_or(Route::Skip, Route::Variant);

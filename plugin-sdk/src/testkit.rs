@@ -2,7 +2,7 @@
 
 use std::any::TypeId;
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write as _;
 use std::rc::Rc;
 
@@ -21,8 +21,9 @@ use crate::{Error, Projection, Result, Timestamp, View};
 /// A host in miniature, for tests of a projection.
 ///
 /// It gives the projection the events it subscribes to, as the host would: as an encoded batch that the projection
-/// decodes; and it keeps the rows that come back, encoded, to answer from. Positions count up for each source. An event
-/// that fails leaves everything as it was before.
+/// decodes; and it keeps the rows that come back, encoded, to answer from. All given events are one log, whatever their
+/// sources: their positions count up from 0 in the order in which they are given, also those of events that the
+/// projection does not subscribe to, which are passed over. An event that fails leaves everything as it was before.
 ///
 /// ```
 /// use shadowbox_plugin::prelude::*;
@@ -57,8 +58,8 @@ pub struct TestKit<P: Projection> {
     store: Rc<Memory>,
     instance: Option<Instance<P>>,
     limits: Limits,
-    /// The next position of each source.
-    heads: BTreeMap<String, u64>,
+    /// The next position.
+    head: u64,
     /// What has been applied, for the replay.
     applied: Vec<Delivered>,
     /// The rows before that.
@@ -81,7 +82,7 @@ impl<P: Projection> TestKit<P> {
             definition,
             instance: None,
             limits,
-            heads: BTreeMap::new(),
+            head: 0,
             applied: Vec::new(),
             start,
             saved: Vec::new(),
@@ -142,12 +143,11 @@ impl<P: Projection> TestKit<P> {
     ///
     /// What the projection says about the first event that it could not apply.
     pub fn try_given(&mut self, events: impl IntoIterator<Item = TestEvent>) -> Result<()> {
-        let mut heads = self.heads.clone();
+        let mut head = self.head;
         let mut delivered = Vec::new();
         for event in events {
-            let head = heads.entry(event.source.clone()).or_default();
-            let position = event.position.unwrap_or(*head);
-            *head = position + 1;
+            let position = event.position.unwrap_or(head);
+            head = position + 1;
             if variant_for(self.definition.subscriptions, &event.source, &event.event_type).is_some() {
                 delivered.push(event.deliver(position, self.applied.len() + delivered.len()));
             }
@@ -163,7 +163,7 @@ impl<P: Projection> TestKit<P> {
             self.instance = Some(instance);
         }
         self.applied.append(&mut delivered);
-        self.heads = heads;
+        self.head = head;
         Ok(())
     }
 
@@ -523,17 +523,17 @@ fn encode(events: &[Delivered], wanted: Option<&[&str]>) -> Vec<u8> {
 #[derive(Default)]
 struct Dictionary<'a> {
     names: Vec<&'a str>,
+    known: HashMap<&'a str, u16>,
     indices: Vec<u8>,
 }
 
 impl<'a> Dictionary<'a> {
     fn push(&mut self, name: &'a str) {
-        let known = self.names.iter().position(|known| *known == name);
-        let index = known.unwrap_or_else(|| {
+        let index = *self.known.entry(name).or_insert_with(|| {
             self.names.push(name);
-            self.names.len() - 1
+            u16::try_from(self.names.len() - 1).expect("a batch has at most 65,536 names of a kind")
         });
-        self.indices.extend((index as u16).to_le_bytes());
+        self.indices.extend(index.to_le_bytes());
     }
 }
 

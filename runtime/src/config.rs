@@ -20,7 +20,7 @@ pub mod limits {
     pub const VIEWS: usize = 64;
     /// Columns of one view; well below SQLite's 2,000 and Postgres's 1,600.
     pub const COLUMNS: usize = 256;
-    /// Sources of one projection; merging looks at each for every event.
+    /// Subscriptions of one projection, each a pattern of sources: bits of a mask.
     pub const SOURCES: usize = 64;
     /// Event types that a projection names for one source. Each may be a glob, which is compiled.
     pub const TYPES: usize = 1_024;
@@ -65,17 +65,31 @@ pub mod limits {
     pub const LOG_QUIET: Duration = Duration::from_secs(1);
     /// How long a writer waits for another process's lock on a database.
     pub const DATABASE_BUSY: Duration = Duration::from_secs(10);
-    /// Events that the log reads at once, and keeps in memory for other projections that are near. Fewer cost more
-    /// queries, more make the first event of a batch wait for the last.
+    /// Events that the log packs into a block, reads at once, and keeps in memory for other projections that are near.
+    /// Fewer cost more queries, more make the first event of a batch wait for the last.
     pub const CHUNK_EVENTS: usize = 4096;
-    /// Bytes of events that the log reads at once, unless one event alone is larger.
+    /// Bytes of events that the log packs into a block and reads at once, unless one event alone is larger.
     pub const CHUNK_BYTES: usize = 4 << 20;
+    /// Rows after which the log packs the older half of them into blocks. Fewer and the newest events, which are read
+    /// soon after they came, are packed and unpacked for it; more make the file larger.
+    pub const SEAL_ROWS: u64 = 4 * CHUNK_EVENTS as u64;
+    /// Sources that a log can have, and types. A name takes some 100 bytes for the log, and 8 for each projection.
+    pub const LOG_NAMES: usize = 1_000_000;
+    /// Entries of the index of ids that are merged in one transaction: some 20 ms.
+    pub const MERGE_IDS: usize = 65_536;
+    /// Events that a projection passes over before it notes how far it is, if there was nothing to apply: after a restart
+    /// it passes over them again, some milliseconds.
+    pub const PASSED_EVENTS: u64 = 1 << 20;
+    /// What the log's write-ahead log is cut back to, bytes, after a long reader has kept it from being reset.
+    pub const LOG_JOURNAL_BYTES: u64 = 64 << 20;
+    /// Events that wait in memory to be appended, bytes; a producer beyond that is asked to try again.
+    pub const APPEND_QUEUE_BYTES: usize = 64 << 20;
     /// Events in a batch after which a projection that comes to rest keeps its instance and its buffers, some 100 KB;
     /// after larger ones it gives them back, and begins with a fresh instance at the next event.
     pub const SMALL_BATCH: usize = 1_000;
     /// Changed rows in a commit after which the database gives its cache back, if nothing follows.
     pub const SMALL_COMMIT: usize = 1_000;
-    /// Chunks that are read ahead of a projection that catches up, in each of its sources.
+    /// Chunks that are read ahead of a projection that catches up.
     pub const READ_AHEAD_CHUNKS: usize = 4;
     /// Threads that read ahead, for all projections together. One reads as fast as one projection can apply; two, when
     /// there is next to nothing to apply.
@@ -85,10 +99,16 @@ pub mod limits {
     pub const LOG_CACHE_BYTES: usize = 32 << 20;
     /// Connections to the log that are kept open for the next who reads, 2 MB each.
     pub const LOG_READERS: usize = 4;
-    /// Events in one transaction of an append.
-    pub const APPEND_EVENTS: usize = 10_000;
+    /// Events in one transaction of an append: blocks are filled, so that none of them is written as a row first.
+    pub const APPEND_EVENTS: usize = 3 * CHUNK_EVENTS;
     /// Bytes of events in one transaction of an append.
     pub const APPEND_BYTES: usize = 16 << 20;
+    /// Files that one append interleaves. All are open at once, and systems let a process have 1,024 open files by
+    /// default, some of which the log needs.
+    pub const INTERLEAVED_FILES: usize = 1_000;
+    /// Buffers of the files that are interleaved, bytes, for all of them together; a file has a megabyte at most. A zstd
+    /// file has two, and zstd's window beside them: 2 MB by default, and less for a file that is small.
+    pub const INTERLEAVED_BYTES: usize = 64 << 20;
     /// How many times a projection starts again from its last commit after an error of the host's (a busy or full
     /// disk, say) without having made progress; then it is faulted until somebody resumes it. With [`RETRY_FIRST`]
     /// doubling each time: 3 to 6 seconds in all, beside [`DATABASE_BUSY`] for each try that meets a lock.

@@ -31,6 +31,10 @@ pub const POINTS: &[Point] = &[
     // The databases of a data directory are made, and what a crash has left is removed.
     dies("log.made"),
     dies("catalogue.made"),
+    // A log of the former format is converted: a part is appended, the former file has another name, so has the new one.
+    dies("convert.appended"),
+    dies("convert.moved"),
+    dies("convert.done"),
     dies("start.stray"),
     dies("start.sweep"),
     // A module is compiled and stored. What fails with the cache costs only time.
@@ -48,6 +52,10 @@ pub const POINTS: &[Point] = &[
     fails("append.begun"),
     fails("append.written"),
     dies("append.committed"),
+    // The oldest rows of the log are packed into a block.
+    fails("seal.begun"),
+    fails("seal.written"),
+    dies("seal.committed"),
     // A commit. It can fail after it has happened, too: then nobody who only hears of the error knows which it was.
     fails("commit.begun"),
     fails("commit.rows"),

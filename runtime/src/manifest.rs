@@ -2,7 +2,7 @@
 //!
 //! The JSON form and its rules are described at `describe` in `wit/projection.wit`. A [`Manifest`] is always valid.
 
-use globset::{Glob, GlobSet, GlobSetBuilder};
+use globset::{GlobBuilder, GlobSet, GlobSetBuilder};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -19,7 +19,7 @@ pub struct Manifest {
     pub projection: String,
     /// The projection's version, 1 or more.
     pub version: u32,
-    /// What it subscribes to, by source name.
+    /// What it subscribes to, sorted by the patterns of the sources.
     pub sources: Vec<Subscription>,
     /// Its views, in the order by which plugins number them.
     pub views: Vec<ViewSchema>,
@@ -29,18 +29,24 @@ pub struct Manifest {
     pub json: String,
 }
 
-/// One source and the event types that are wanted of it.
+/// Sources, and the event types that are wanted of them.
 #[derive(Clone, Debug)]
 pub struct Subscription {
-    /// The source's exact name.
+    /// The pattern of the sources as declared: a name, or a glob that takes any number of them.
     pub source: String,
-    /// The globs as declared; empty for all types.
+    source_matcher: GlobSet,
+    /// The patterns of the types as declared, sorted; empty for all types.
     pub types: Vec<String>,
     matcher: GlobSet,
 }
 
 impl Subscription {
-    /// True if events of this type are wanted.
+    /// True if this is about the source. It runs a matcher: keep the answer for each source, which never changes.
+    pub fn takes_source(&self, source: &str) -> bool {
+        self.source_matcher.is_match(source)
+    }
+
+    /// True if events of this type are wanted of the sources that it takes. It runs a matcher, too.
     pub fn wants(&self, event_type: &str) -> bool {
         self.types.is_empty() || self.matcher.is_match(event_type)
     }
@@ -175,7 +181,7 @@ impl Manifest {
             serde_json::from_str(json).map_err(|e| error(format!("the manifest is not valid: {e}")))?;
         ensure!(
             written.contract == CONTRACT,
-            "the manifest is written for contract {}; this runtime speaks {CONTRACT}",
+            "the manifest is written for contract {}; this runtime speaks {CONTRACT}; rebuild it with the SDK of this version",
             written.contract
         );
         name("projection", &written.projection, "-_")?;
@@ -204,17 +210,17 @@ impl Manifest {
     }
 
     /// A digest of the views' shape and of the sources: two modules with the same projection version and the same
-    /// digest may go on from one another's rows. A new source means that events of the past are missing from the rows,
-    /// so it counts as another shape; so does a new event type.
+    /// digest may go on from one another's rows. Another pattern may mean that events of the past are missing from the
+    /// rows, so it counts as another shape, of sources and of types alike; their order in the manifest does not.
     pub fn schema_digest(&self) -> String {
         let sources: Vec<_> = self.sources.iter().map(|s| (&s.source, &s.types)).collect();
         let shape = serde_json::to_vec(&(&self.views, sources)).expect("plain data");
         hex(&Sha256::digest(shape))[..16].to_owned()
     }
 
-    /// The subscription to a source.
-    pub fn subscription(&self, source: &str) -> Option<&Subscription> {
-        self.sources.iter().find(|s| s.source == source)
+    /// True if events of this type of this source are wanted by any of the subscriptions.
+    pub fn wants(&self, source: &str, event_type: &str) -> bool {
+        self.sources.iter().any(|s| s.takes_source(source) && s.wants(event_type))
     }
 }
 
@@ -227,13 +233,14 @@ fn subscriptions(written: Vec<WrittenSource>) -> Result<Vec<Subscription>, Error
     ensure!(!written.is_empty(), "the projection subscribes to no source");
     ensure!(
         written.len() <= limits::SOURCES,
-        "the projection subscribes to {} sources; the limit is {}",
+        "the projection names {} sources; the limit is {}; a glob like sensors/* takes many",
         written.len(),
         limits::SOURCES
     );
     let mut sources: Vec<Subscription> = Vec::new();
     for WrittenSource { source, mut types } in written {
         ensure!(!source.is_empty(), "a source has an empty name");
+        // A long pattern of nested braces would take as deep a stack to compile.
         let bytes = source.len();
         ensure!(
             bytes <= limits::EVENT_NAME_BYTES,
@@ -249,22 +256,35 @@ fn subscriptions(written: Vec<WrittenSource>) -> Result<Vec<Subscription>, Error
             types.len(),
             limits::TYPES
         );
-        // A long pattern of nested braces would take as deep a stack to compile.
         ensure!(
             types.iter().all(|t| t.len() <= limits::EVENT_NAME_BYTES),
             "an event type of source {source:?} is longer than {} bytes",
             limits::EVENT_NAME_BYTES
         );
-        let mut matcher = GlobSetBuilder::new();
-        for pattern in &types {
-            let glob = Glob::new(pattern).map_err(|e| error(format!("event type {pattern:?} is not a glob: {e}")))?;
-            matcher.add(glob);
-        }
-        let matcher = matcher.build().map_err(|e| error(format!("the event types of {source:?}: {e}")))?;
-        sources.push(Subscription { source, types, matcher });
+        let source_matcher = matcher("source", std::slice::from_ref(&source))?;
+        let matcher = matcher("event type", &types)?;
+        sources.push(Subscription { source, source_matcher, types, matcher });
     }
     sources.sort_by(|a, b| a.source.cmp(&b.source));
     Ok(sources)
+}
+
+/// Matches what one of the patterns matches, and nothing if there are none.
+fn matcher(what: &str, patterns: &[String]) -> Result<GlobSet, Error> {
+    // A set even for one pattern: the other matcher panics where a pattern is too large to compile.
+    let mut set = GlobSetBuilder::new();
+    for pattern in patterns {
+        // Escaping is the default only where `\` does not separate paths.
+        let compiled = |pattern: &str| GlobBuilder::new(pattern).backslash_escape(true).build();
+        let mut glob = compiled(pattern);
+        if glob.is_ok() && pattern.ends_with('.') {
+            // A set takes what stands behind the last `.` for a file's extension, and finds none in the name `a.`. An
+            // empty alternative matches as before, and is compared without such a short cut.
+            glob = compiled(&format!("{pattern}{{}}"));
+        }
+        set.add(glob.map_err(|e| error(format!("{what} {pattern:?} is not a glob: {}", e.kind())))?);
+    }
+    set.build().map_err(|e| error(format!("{what} {} cannot be matched: {}", patterns.join(", "), e.kind())))
 }
 
 fn validate_view(view: &ViewSchema) -> Result<(), Error> {
@@ -346,19 +366,105 @@ mod tests {
     #[test]
     fn a_valid_manifest_is_read() {
         let manifest = Manifest::parse(&valid().to_string()).unwrap();
-        assert!(manifest.subscription("flights").unwrap().wants("FlightDeparted"));
-        assert!(!manifest.subscription("flights").unwrap().wants("Weather"));
-        assert!(manifest.subscription("fleet").unwrap().wants("Anything"));
+        assert!(manifest.wants("flights", "FlightDeparted") && !manifest.wants("flights", "Weather"));
+        assert!(manifest.wants("fleet", "Anything") && !manifest.wants("crew", "Anything"));
+    }
+
+    fn subscribed(sources: serde_json::Value) -> Manifest {
+        let mut manifest = valid();
+        manifest["sources"] = sources;
+        Manifest::parse(&manifest.to_string()).unwrap()
+    }
+
+    #[test]
+    fn sources_are_globs_as_types_are() {
+        let manifest = subscribed(json!([
+            {"source": "sensors/*", "types": ["Reading*"]}, {"source": "sensors/{a,b}", "types": ["Lost"]},
+            {"source": "lab[0-9]"}, {"source": "what\\?"},
+        ]));
+        for (source, event_type, wanted) in [
+            ("sensors/a", "ReadingTaken", true),
+            ("sensors/north/a", "ReadingTaken", true),
+            ("sensors/", "ReadingTaken", true),
+            ("sensors", "ReadingTaken", false),
+            ("old/sensors/a", "ReadingTaken", false),
+            ("sensors/a", "Lost", true),
+            ("sensors/c", "Lost", false),
+            ("lab7", "Anything", true),
+            ("lab10", "Anything", false),
+            ("what?", "Anything", true),
+            ("whats", "Anything", false),
+        ] {
+            assert_eq!(manifest.wants(source, event_type), wanted, "{source} {event_type}");
+        }
+        assert!(
+            subscribed(json!([{"source": "*"}])).wants("", "")
+                && subscribed(json!([{"source": "*"}])).wants("a/b", "c")
+        );
+    }
+
+    #[test]
+    fn a_set_matches_what_its_globs_do() {
+        let texts = |alphabet: &[&str]| {
+            let longer = |text: &String| alphabet.iter().map(|more| format!("{text}{more}")).collect::<Vec<_>>();
+            let mut all = vec![vec![String::new()]];
+            (0..4).for_each(|n| all.push(all[n].iter().flat_map(longer).collect()));
+            all.concat()
+        };
+        let names = texts(&["a", ".", "/"]);
+        for pattern in texts(&["a", ".", "*", "/", "\\."]).into_iter().filter(|p| !p.is_empty() && !p.contains("**")) {
+            let set = matcher("source", std::slice::from_ref(&pattern)).unwrap();
+            let glob = GlobBuilder::new(&pattern).backslash_escape(true).build().unwrap().compile_matcher();
+            for name in &names {
+                assert_eq!(set.is_match(name), glob.is_match(name), "{pattern} on {name}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_order_of_sources_and_types_is_no_part_of_the_shape_but_their_patterns_are() {
+        let digest = |sources| subscribed(sources).schema_digest();
+        let one = digest(json!([{"source": "a*", "types": ["X", "Y"]}, {"source": "b"}]));
+        assert_eq!(one, digest(json!([{"source": "b"}, {"source": "a*", "types": ["Y", "X", "Y"]}])));
+        assert_ne!(one, digest(json!([{"source": "a", "types": ["X", "Y"]}, {"source": "b"}])));
+        assert_ne!(one, digest(json!([{"source": "a*", "types": ["X"]}, {"source": "b"}])));
+    }
+
+    /// What a hostile manifest can make of patterns: an answer comes soon, whatever it is.
+    #[test]
+    fn patterns_are_bounded_in_number_and_in_length() {
+        let named = |n: usize, name: &dyn Fn(usize) -> String| {
+            let mut manifest = valid();
+            manifest["sources"] = (0..n).map(|i| json!({ "source": name(i) })).collect();
+            Manifest::parse(&manifest.to_string())
+        };
+        assert!(named(limits::SOURCES, &|i| format!("s{i}*")).is_ok());
+        let error = named(limits::SOURCES + 1, &|i| format!("s{i}*")).unwrap_err().to_string();
+        assert!(error.contains("names 65 sources; the limit is 64"), "{error}");
+        let error = named(1, &|_| "s".repeat(limits::EVENT_NAME_BYTES + 1)).unwrap_err().to_string();
+        assert!(error.contains("has 1025 bytes; the limit is 1024"), "{error}");
+        for unit in ["*a?[b-d]", "{a,*}", "{"] {
+            let longest = (limits::EVENT_NAME_BYTES - 2) / unit.len();
+            if let Ok(manifest) = named(limits::SOURCES, &|i| format!("{}{i}", unit.repeat(longest))) {
+                assert!(!manifest.wants(&"a".repeat(limits::EVENT_NAME_BYTES), "T"), "{unit}");
+            }
+        }
     }
 
     #[test]
     fn each_refusal_names_the_value() {
         let cases = [
-            ("/contract", json!("9.0.0"), "contract 9.0.0"),
+            (
+                "/contract",
+                json!("0.0.9"),
+                "written for contract 0.1.0; this runtime speaks 0.1.0; rebuild it with the SDK of this version",
+            ),
             ("/projection", json!("Über"), "\"Über\""),
             ("/version", json!(0), "version is 0"),
             ("/sources", json!([]), "no source"),
             ("/sources/1/source", json!("flights"), "\"flights\" is listed twice"),
+            ("/sources/1/source", json!("fleet/{a"), "source \"fleet/{a\" is not a glob: unclosed alternate group"),
+            ("/sources/1/source", json!("fleet\\"), "source \"fleet\\\\\" is not a glob: dangling"),
             ("/sources/0/types/0", json!("a{"), "\"a{\" is not a glob"),
             ("/views", json!([]), "no views"),
             ("/views/0/name", json!("sqlite_x"), "\"sqlite_x\""),

@@ -14,8 +14,8 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::config::{Config, Policy, limits};
 use crate::fault;
-use crate::log::{self, EventLog, Heads};
-use crate::model::{Checkpoint, FailureReport, Position};
+use crate::log::{self, Behind, EventLog, Head};
+use crate::model::{FailureReport, Position, Time};
 use crate::plugin::{self, Engine, Folder, Found, Module};
 use crate::projection::lifecycle::{Building, Live};
 use crate::projection::{Activity, Manager, Shared, Snapshot, SnapshotGeneration, Stalls};
@@ -48,21 +48,29 @@ pub enum Error {
 /// Everything that is to know of a running Shadowbox.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Status {
-    /// The log's sources.
-    pub sources: Vec<SourceHead>,
+    /// The log.
+    pub log: LogStatus,
     /// By name.
     pub projections: Vec<ProjectionStatus>,
     /// Module files that are not run.
     pub refused: Vec<Refused>,
 }
 
-/// A source of the log.
+/// The log.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct SourceHead {
-    /// Its name.
-    pub source: String,
-    /// The position of its newest event.
-    pub head: Position,
+pub struct LogStatus {
+    /// What tells it from every other.
+    pub identity: String,
+    /// The position of the newest event; None if there is none.
+    pub head: Option<Position>,
+    /// When that was appended.
+    pub appended: Option<Time>,
+    /// How many sources there are.
+    pub sources: u64,
+    /// How many event types.
+    pub types: u64,
+    /// Why nobody can tell at present whether there are new events.
+    pub error: Option<String>,
 }
 
 /// A module file that is not run, and why.
@@ -92,17 +100,6 @@ pub enum ProjectionState {
     Stopped,
 }
 
-/// How far a generation is in one source.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct SourceStatus {
-    /// The source's name.
-    pub source: String,
-    /// Complete up to here; None before the first event.
-    pub checkpoint: Option<Position>,
-    /// The newest event; None if the source has none.
-    pub head: Option<Position>,
-}
-
 /// One generation of a projection.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct GenerationStatus {
@@ -112,11 +109,11 @@ pub struct GenerationStatus {
     pub version: u32,
     /// SHA-256 of its module.
     pub module_hash: String,
-    /// By name.
-    pub sources: Vec<SourceStatus>,
-    /// Events between checkpoint and head, of all sources together.
+    /// The committed rows are complete to here; None before the first event.
+    pub position: Option<Position>,
+    /// Events that it wants and has not committed.
     pub lag_events: u64,
-    /// Seconds between the times of the checkpoint's and the head's event, of the source where they are the most.
+    /// Seconds between the first of them and the newest event of the log, by when they were appended.
     pub lag_seconds: f64,
     /// Events applied a second; 0 if none were for some seconds.
     pub rate: f64,
@@ -201,6 +198,7 @@ impl Runtime {
         let modules = data.join("modules");
         std::fs::create_dir_all(&modules).map_err(|e| file(&modules, e))?;
         let log = EventLog::open(&data)?;
+        log.seal_in_background();
         let catalogue = Catalogue::open(&data).await?;
         catalogue.remove_strays().await?;
         let engine = Engine::new(Some(&data.join("cache")), config.sandbox)?;
@@ -256,7 +254,8 @@ impl Runtime {
 
     /// Everything there is to know, as of now.
     pub fn status(&self) -> Status {
-        let heads = self.inner.shared.log.heads_now();
+        let log = &self.inner.shared.log;
+        let head = log.head_now();
         let snapshots = self.inner.shared.snapshots.read().expect("no panics while it is held").clone();
         let mut refused = self.inner.refused.read().expect("no panics while it is held").clone();
         // A projection whose first generation could not be entered is not one yet, but must not be silent either.
@@ -265,18 +264,21 @@ impl Runtime {
             Some(Refused { file: s.file.clone().unwrap_or_else(|| name.clone()), reason: s.refused.clone()? })
         }));
         let stalls = self.inner.stalls.lock().expect("no panics while it is held");
-        let look = Look {
-            heads: &heads,
-            log: self.inner.shared.log.trouble(),
-            stalls: &stalls,
-            stall_after: self.inner.shared.config.stall_after,
-        };
+        let look =
+            Look { head, log: log.trouble(), stalls: &stalls, stall_after: self.inner.shared.config.stall_after };
         let policy = |name: &str| self.inner.shared.policy(name).0;
         let projections =
             snapshots.into_iter().filter_map(|(name, s)| projection_status(policy(&name), name, &s, &look));
         Status {
             projections: projections.collect(),
-            sources: heads.iter().map(|(s, h)| SourceHead { source: s.to_string(), head: h.position }).collect(),
+            log: LogStatus {
+                identity: log.identity().to_owned(),
+                head: head.last(),
+                appended: head.last().map(|_| head.appended),
+                sources: log.sources() as u64,
+                types: log.types() as u64,
+                error: log.trouble(),
+            },
             refused,
         }
     }
@@ -622,7 +624,6 @@ async fn watch_stalls(inner: Arc<Inner>) {
             _ = stopping.wait_for(|stopping| *stopping) => return,
         }
         let now = Instant::now();
-        let heads = inner.shared.log.heads_now();
         let log = inner.shared.log.trouble();
         let snapshots = inner.shared.snapshots.read().expect("no panics while it is held").clone();
         let mut stalled = BTreeMap::new();
@@ -630,13 +631,14 @@ async fn watch_stalls(inner: Arc<Inner>) {
             let mut stalls = inner.stalls.lock().expect("no panics while it is held");
             for (name, snapshot) in &snapshots {
                 for (generation, follows) in generations(snapshot) {
-                    let checkpoint = generation.checkpoint.borrow().clone();
-                    // Nobody knows the lag behind a log that cannot be read.
-                    let behind = follows && (log.is_some() || lag(generation, &checkpoint, &heads) > 0);
+                    let checkpoint = generation.reached.checkpoint();
+                    // Nobody knows the lag behind a log that cannot be read, nor that of a worker which has not begun.
+                    let lags = || generation.reached.behind().is_none_or(|behind| behind.events > 0);
+                    let behind = follows && (log.is_some() || lags());
                     let key = (name.as_str(), generation.record.number);
-                    stalls.look(key, behind, &checkpoint, now);
-                    if stalls.quiet(key, &checkpoint, now) >= stall_after {
-                        let reason = waits_for(generation, log.as_deref(), stalls.quiet(key, &checkpoint, now));
+                    stalls.look(key, behind, checkpoint, now);
+                    if stalls.quiet(key, checkpoint, now) >= stall_after {
+                        let reason = waits_for(generation, log.as_deref(), stalls.quiet(key, checkpoint, now));
                         stalled.insert((name.clone(), generation.record.number), reason);
                     }
                 }
@@ -660,14 +662,6 @@ fn generations(snapshot: &Snapshot) -> impl Iterator<Item = (&SnapshotGeneration
     snapshot.live.iter().map(move |g| (g, live)).chain(snapshot.building.iter().map(move |g| (g, building)))
 }
 
-/// Events between checkpoint and head, of all sources together. Positions of the embedded log are dense.
-fn lag(generation: &SnapshotGeneration, checkpoint: &Checkpoint, heads: &Heads) -> u64 {
-    let next = |position: Option<Position>| position.map_or(0, |p| p.0 + 1);
-    let sources = generation.record.manifest.sources.iter().map(|s| s.source.as_str());
-    let lag = |source| next(heads.get(source).map(|h| h.position)).saturating_sub(next(checkpoint.get(source)));
-    sources.map(lag).sum()
-}
-
 /// What a generation waits for that does not move.
 fn waits_for(generation: &SnapshotGeneration, log: Option<&str>, quiet: Duration) -> String {
     let progress = generation.progress.borrow();
@@ -682,7 +676,7 @@ fn waits_for(generation: &SnapshotGeneration, log: Option<&str>, quiet: Duration
 
 /// What the status of generations is made from besides themselves.
 struct Look<'a> {
-    heads: &'a Heads,
+    head: Head,
     /// Why the log cannot be read.
     log: Option<String>,
     stalls: &'a Stalls,
@@ -693,7 +687,7 @@ impl Look<'_> {
     /// What a generation waits for, if it is stalled.
     fn stalled(&self, name: &str, generation: &SnapshotGeneration, follows: bool) -> Option<String> {
         let key = (name, generation.record.number);
-        let quiet = self.stalls.quiet(key, &generation.checkpoint.borrow(), Instant::now());
+        let quiet = self.stalls.quiet(key, generation.reached.checkpoint(), Instant::now());
         (follows && quiet >= self.stall_after).then(|| waits_for(generation, self.log.as_deref(), quiet))
     }
 }
@@ -719,7 +713,7 @@ fn projection_status(policy: Policy, name: String, snapshot: &Snapshot, look: &L
     let build_failed =
         || build_fault.as_ref().map(|r| format!("the {build} failed: {r}; the former generation goes on"));
     let error = fault.or(live_stalled).or_else(refused).or_else(build_failed);
-    let mut live_status = generation_status(live, look.heads, error);
+    let mut live_status = generation_status(live, look.head, error);
     if let Some(module) = snapshot.state.live.module() {
         live_status.module_hash.clone_from(&module.hash);
     }
@@ -727,7 +721,7 @@ fn projection_status(policy: Policy, name: String, snapshot: &Snapshot, look: &L
     // By positions in the first place: what a worker says of itself may be a moment old.
     let at_head = live_status.lag_events == 0 || live.progress.borrow().activity == Activity::AtHead;
     let build_error = build_fault.or_else(|| building.and_then(stalled));
-    let building = building.map(|b| generation_status(b, look.heads, build_error));
+    let building = building.map(|b| generation_status(b, look.head, build_error));
     let state = match (&snapshot.state.live, &snapshot.state.building) {
         _ if is_stalled => ProjectionState::Stalled,
         (_, Building::Running(_) | Building::Finishing(_)) => ProjectionState::Rebuilding,
@@ -748,26 +742,20 @@ fn projection_status(policy: Policy, name: String, snapshot: &Snapshot, look: &L
     })
 }
 
-fn generation_status(generation: &SnapshotGeneration, heads: &Heads, fault: Option<String>) -> GenerationStatus {
+fn generation_status(generation: &SnapshotGeneration, head: Head, fault: Option<String>) -> GenerationStatus {
     let progress = generation.progress.borrow().clone();
-    let checkpoint = generation.checkpoint.borrow().clone();
-    let lag_events = lag(generation, &checkpoint, heads);
-    let mut lag_seconds = 0.0_f64;
-    let mut sources = Vec::new();
-    for subscription in &generation.record.manifest.sources {
-        let source = subscription.source.as_str();
-        let (head, done) = (heads.get(source), checkpoint.get(source));
-        if let Some(head) = head.filter(|head| done < Some(head.position)) {
-            let reached = progress.done.iter().find(|(s, ..)| **s == *source).map_or(head.first_time, |(_, _, t)| *t);
-            let seconds = (head.time.microseconds() - reached.microseconds()) as f64 / 1e6;
-            lag_seconds = lag_seconds.max(seconds);
-        }
-        sources.push(SourceStatus {
-            source: source.to_owned(),
-            checkpoint: done,
-            head: head.map(|head| head.position),
-        });
-    }
+    let position = generation.reached.now();
+    // Without a worker nobody counts what is wanted; then everything counts.
+    let unseen = || {
+        let events = head.next - position.map_or(0, |p| p.0 + 1).min(head.next);
+        Behind { events, since: (events > 0).then_some(Time::EPOCH) }
+    };
+    let behind = generation.reached.behind().unwrap_or_else(unseen);
+    let lag_seconds = behind.since.map_or(0.0, |since| {
+        let since = progress.appended.map_or(since, |appended| since.max(appended));
+        let since = if since == Time::EPOCH { head.first } else { since };
+        ((head.appended.microseconds() - since.microseconds()) as f64 / 1e6).max(0.0)
+    });
     let fresh = progress.measured.is_some_and(|at| at.elapsed() < RATE_FRESH);
     let retrying = match &progress.activity {
         Activity::Retrying(error) => Some(format!("{error}; retrying")),
@@ -777,8 +765,8 @@ fn generation_status(generation: &SnapshotGeneration, heads: &Heads, fault: Opti
         generation: generation.record.number,
         version: generation.record.manifest.version,
         module_hash: generation.record.module.clone(),
-        sources,
-        lag_events,
+        position,
+        lag_events: behind.events,
         lag_seconds,
         rate: if fresh { progress.rate } else { 0.0 },
         error: fault.or(retrying),

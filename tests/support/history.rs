@@ -1,16 +1,19 @@
-//! A history that is known beforehand: which event stands at each position of three sources, and what the rows of two
-//! projections are at any position. One of them has one source, the other two.
+//! A history that is known beforehand: which events each of three sources has, in which order, and what the rows of two
+//! projections are at any position of the log. One of them has one source, the other two. How the log orders the sources
+//! among each other is decided by the commits, and read from it.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Mutex;
 
-use rusqlite::Connection;
+use rusqlite::{Connection, OptionalExtension};
 use serde_json::{Value, json};
 
 use super::{Answer, event};
 
-/// How far a view is complete, or a log goes, by source.
-pub(crate) type Position = BTreeMap<String, u64>;
+/// How far a view is complete, or a log goes; None before the first event.
+pub(crate) type Position = Option<u64>;
 
 /// Rows by their key; everything else in them that depends on the position alone, as text.
 type Rows = BTreeMap<String, String>;
@@ -18,12 +21,13 @@ type Rows = BTreeMap<String, String>;
 /// The views that the history fills, with their projections.
 pub(crate) const VIEWS: [(&str, &str); 2] = [("ledger", "ledger"), ("order-summary", "order_summary")];
 
-/// An account of both sources: its digest depends on the order in which they were taken, which no position tells.
-const SHARED: &str = "shared";
+/// A source that nobody wants: its events are only in the log.
+pub(crate) const FILLER: &str = "filler";
 
 fn account(source: &str, n: u64) -> String {
     match source {
-        _ if n % 6 == 5 => SHARED.to_owned(),
+        // An account of both sources: its digest depends on the order in which they were taken.
+        _ if n % 6 == 5 => "shared".to_owned(),
         "left" => format!("l{}", n * n % 13),
         _ => format!("r{}", n * n % 11),
     }
@@ -34,86 +38,139 @@ fn order(n: u64) -> String {
 }
 
 fn closes(source: &str, n: u64) -> bool {
-    source == "left" && n % 31 == 30 && account(source, n) != SHARED
+    source == "left" && n % 31 == 30
 }
 
-/// The event at a position, as a line.
+/// An event, by its number in its source, as a line.
 pub(crate) fn line(source: &str, n: u64) -> String {
     let (kind, data) = match (source, n % 4) {
         ("orders", 0) => ("OrderCreated", json!({ "order_id": order(n), "customer": format!("c{n}") })),
         ("orders", 3) => ("OrderPlaced", json!({ "order_id": order(n) })),
         ("orders", _) => ("OrderLineAdded", json!({ "order_id": order(n), "quantity": 1, "unit_price_cents": n })),
+        (FILLER, _) => ("Nothing", json!({})),
         _ if closes(source, n) => ("Closed", json!({ "account": account(source, n) })),
         _ => ("Moved", json!({ "account": account(source, n), "amount": n })),
     };
     event(source, kind, &format!("{source}-{n}"), n as i64, data)
 }
 
+/// Which event of which source stands at each position of a log.
+#[derive(Default)]
+pub(crate) struct Order(Mutex<Vec<(String, u64)>>);
+
+impl Order {
+    /// What will stand there once it is appended.
+    pub(crate) fn announce(&self, source: &str, numbers: std::ops::Range<u64>) {
+        self.0.lock().unwrap().extend(numbers.map(|n| (source.to_owned(), n)));
+    }
+
+    /// How many events are known.
+    pub(crate) fn len(&self) -> u64 {
+        self.0.lock().unwrap().len() as u64
+    }
+
+    /// Reads on, if a position is not known yet. In a process of its own: one that closes the file of a log loses the
+    /// locks that it has on it, and other processes append meanwhile.
+    pub(crate) fn read_to(&self, directory: &Path, position: Position) {
+        let mut known = self.0.lock().unwrap();
+        let is_known = |known: &[_]| position.is_none_or(|p| p < known.len() as u64);
+        if is_known(&known) {
+            return;
+        }
+        let mut command = Command::new(env!("CARGO_BIN_EXE_shadowbox"));
+        command.current_dir(directory).args(["events", "--data", "data"]);
+        if let Some(last) = known.len().checked_sub(1) {
+            command.args(["--after", &last.to_string()]);
+        }
+        let output = command.stdin(Stdio::null()).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        for line in String::from_utf8(output.stdout).unwrap().lines() {
+            let event: Value = serde_json::from_str(line).unwrap();
+            assert_eq!(event["position"], known.len(), "a position is missing, or there twice: {line}");
+            let (source, n) = event["id"].as_str().unwrap().rsplit_once('-').unwrap();
+            assert_eq!(event["source"], source);
+            known.push((source.to_owned(), n.parse().unwrap()));
+        }
+        assert!(is_known(&known), "the log ends before {position:?}, which somebody was told of");
+    }
+
+    /// All that is known.
+    pub(crate) fn known(&self) -> Vec<(String, u64)> {
+        self.0.lock().unwrap().clone()
+    }
+
+    /// True if the rows of a view at `position` have everything that they have at `other`. Positions alone do not tell:
+    /// nothing is committed for events that a projection does not want, though it is complete to them.
+    pub(crate) fn covers(&self, view: &str, position: Position, other: Position) -> bool {
+        let end = |position: Position| position.map_or(0, |p| p as usize + 1);
+        let events = self.0.lock().unwrap();
+        let wanted = |source: &str| (view == "ledger") == (source != "orders") && source != FILLER;
+        position >= other || !events[end(position)..end(other)].iter().any(|(source, _)| wanted(source))
+    }
+}
+
 /// The plain fold of the history, up to a position that moves.
 #[derive(Default)]
 pub(crate) struct Fold {
-    next: Position,
+    next: u64,
     ledger: BTreeMap<String, [i64; 3]>,
     orders: BTreeMap<String, (String, &'static str, i64, i64)>,
 }
 
 impl Fold {
     /// The rows of a view at a position. Going on from the last one is cheap.
-    fn at(&mut self, view: &str, position: &Position) -> Rows {
-        if self.next.iter().any(|(source, next)| position.get(source).map_or(0, |p| p + 1) < *next) {
+    fn at(&mut self, view: &str, position: Position, order: &Order) -> Rows {
+        let end = position.map_or(0, |p| p + 1);
+        if self.next > end {
             *self = Fold::default();
         }
-        for (source, position) in position {
-            let next = self.next.insert(source.clone(), position + 1).unwrap_or(0);
-            for n in next..=*position {
-                self.apply(source, n);
-            }
+        let events = order.0.lock().unwrap();
+        assert!(end <= events.len() as u64, "nobody has appended the event at {position:?}");
+        for (source, n) in &events[self.next as usize..end as usize] {
+            self.apply(source, *n);
+            self.next += 1;
         }
         match view {
-            "ledger" => self.ledger.iter().map(|(account, row)| (account.clone(), ledger(account, *row))).collect(),
+            "ledger" => self.ledger.iter().map(|(account, row)| (account.clone(), ledger(*row))).collect(),
             _ => self.orders.iter().map(|(id, (c, s, l, t))| (id.clone(), format!("{c} {s} {l} {t}"))).collect(),
         }
     }
 
     fn apply(&mut self, source: &str, n: u64) {
-        if source == "orders" {
-            let row = self.orders.entry(order(n)).or_default();
-            match n % 4 {
-                0 => *row = (format!("c{n}"), "open", 0, 0),
-                3 => row.1 = "placed",
-                _ => (row.2, row.3) = (row.2 + 1, row.3 + n as i64),
+        match source {
+            FILLER => {}
+            "orders" => {
+                let row = self.orders.entry(order(n)).or_default();
+                match n % 4 {
+                    0 => *row = (format!("c{n}"), "open", 0, 0),
+                    3 => row.1 = "placed",
+                    _ => (row.2, row.3) = (row.2 + 1, row.3 + n as i64),
+                }
             }
-            return;
+            _ if closes(source, n) => drop(self.ledger.remove(&account(source, n))),
+            _ => {
+                let [amount, events, digest] = self.ledger.entry(account(source, n)).or_default();
+                *amount += n as i64;
+                *events += 1;
+                let from = if source == "left" { 1 } else { 2 };
+                *digest = digest.wrapping_mul(31).wrapping_add(self.next as i64 * 2 + from);
+            }
         }
-        let account = account(source, n);
-        if closes(source, n) {
-            self.ledger.remove(&account);
-            return;
-        }
-        let [amount, events, digest] = self.ledger.entry(account).or_default();
-        *amount += n as i64;
-        *events += 1;
-        *digest = digest.wrapping_mul(31).wrapping_add(n as i64 * 2 + if source == "left" { 1 } else { 2 });
     }
 }
 
-fn ledger(account: &str, [amount, events, digest]: [i64; 3]) -> String {
-    if account == SHARED { format!("{amount} {events}") } else { format!("{amount} {events} {digest}") }
+fn ledger([amount, events, digest]: [i64; 3]) -> String {
+    format!("{amount} {events} {digest}")
 }
 
-/// `left=12,right=7`, as a header has it.
+/// A position as a header has it; nothing before the first event.
 pub(crate) fn parse(header: &str) -> Position {
-    let pairs = header.split(',').filter_map(|pair| pair.split_once('='));
-    pairs.map(|(source, n)| (source.to_owned(), n.parse().unwrap())).collect()
+    (!header.is_empty()).then(|| header.parse().unwrap())
 }
 
-/// True if a view at `position` contains everything up to `other`.
-pub(crate) fn covers(position: &Position, other: &Position) -> bool {
-    other.iter().all(|(source, n)| position.get(source) >= Some(n))
-}
-
-/// An answer must have exactly the rows of the position that it states, which this returns.
-pub(crate) fn check_answer(view: &str, answer: &Answer, fold: &mut Fold) -> Position {
+/// An answer must have exactly the rows of the position that it states, which this returns. The order must be known so
+/// far.
+pub(crate) fn check_answer(view: &str, answer: &Answer, fold: &mut Fold, order: &Order) -> Position {
     assert_eq!(answer.status, 200, "{}", answer.body);
     let position = parse(answer.header("shadowbox-position"));
     let answer_rows: Vec<Value> = serde_json::from_str(&answer.body).unwrap();
@@ -121,9 +178,8 @@ pub(crate) fn check_answer(view: &str, answer: &Answer, fold: &mut Fold) -> Posi
     let text = |row: &Value, column: &str| row[column].as_str().unwrap().to_owned();
     let row = |row: &Value| match view {
         "ledger" => {
-            let account = text(row, "account");
             let values = [number(row, "amount"), number(row, "events"), number(row, "digest")];
-            (account.clone(), ledger(&account, values))
+            (text(row, "account"), ledger(values))
         }
         _ => {
             let (customer, status) = (text(row, "customer"), text(row, "status").to_lowercase());
@@ -132,7 +188,7 @@ pub(crate) fn check_answer(view: &str, answer: &Answer, fold: &mut Fold) -> Posi
         }
     };
     let found: Rows = answer_rows.iter().map(row).collect();
-    assert_eq!(found, fold.at(view, &position), "{view} at {position:?}");
+    assert_eq!(found, fold.at(view, position, order), "{view} at {position:?}");
     position
 }
 
@@ -145,8 +201,13 @@ pub(crate) struct Disk {
 
 impl Disk {
     /// Every generation that the catalogue has, whatever it is to its projection, must be whole and have exactly the
-    /// rows of its checkpoint. Answers the checkpoints of the live ones, by view.
-    pub(crate) fn check(&mut self, data: &Path) -> BTreeMap<&'static str, Position> {
+    /// rows of its checkpoint, to which `know` makes the order known. Answers the checkpoints of the live ones, by view.
+    pub(crate) fn check(
+        &mut self,
+        data: &Path,
+        order: &Order,
+        know: impl Fn(Position),
+    ) -> BTreeMap<&'static str, Position> {
         let (mut live, mut former) = (BTreeMap::new(), Vec::new());
         for (projection, number, role) in generations(data) {
             let view = VIEWS.iter().find(|(p, _)| *p == projection).unwrap().1;
@@ -154,12 +215,12 @@ impl Disk {
             let (_folder, copy) = open_copy(&file);
             let whole: String = copy.query_row("PRAGMA integrity_check", [], |r| r.get(0)).unwrap();
             assert_eq!(whole, "ok", "{file:?}");
-            let mut marks = copy.prepare("SELECT source, position FROM _shadowbox_checkpoint").unwrap();
-            let mark = |r: &rusqlite::Row<'_>| Ok((r.get::<_, String>(0)?, r.get::<_, i64>(1)? as u64));
-            let position: Position = marks.query_map([], mark).unwrap().map(Result::unwrap).collect();
+            let mark = copy.query_row("SELECT position FROM _shadowbox_checkpoint", [], |r| r.get::<_, i64>(0));
+            let position = mark.optional().unwrap().map(|p| p as u64);
+            know(position);
             let found = rows(view, &copy);
             let fold = self.folds.entry(file.clone()).or_default();
-            assert_eq!(found, fold.at(view, &position), "{role} {file:?} at {position:?}");
+            assert_eq!(found, fold.at(view, position, order), "{role} {file:?} at {position:?}");
             match role.as_str() {
                 "live" => assert!(live.insert(view, position).is_none(), "two live generations of {projection}"),
                 "former" => former.push((view, position)),
@@ -167,7 +228,8 @@ impl Disk {
             }
         }
         for (view, position) in former {
-            assert!(covers(&live[view], &position), "{view} went back from {position:?} to {:?}", live[view]);
+            let covers = order.covers(view, live[view], position);
+            assert!(covers, "{view} went back from {position:?} to {:?}", live[view]);
         }
         live
     }
@@ -181,7 +243,7 @@ fn rows(view: &str, connection: &Connection) -> Rows {
     let row = |r: &rusqlite::Row<'_>| {
         let (key, a, b): (String, i64, i64) = (r.get(0)?, r.get(1)?, r.get(2)?);
         if view == "ledger" {
-            return Ok((key.clone(), ledger(&key, [a, b, r.get(3)?])));
+            return Ok((key, ledger([a, b, r.get(3)?])));
         }
         let (customer, status): (String, String) = (r.get(3)?, r.get(4)?);
         Ok((key, format!("{customer} {} {a} {b}", status.to_lowercase())))

@@ -1,7 +1,7 @@
 //! The projection `carrier-performance`, as a user of EventCore 2.1 writes it and runs it by EventCore's own runner.
 //!
-//! `eventcore-contestant SETTING LOG DIRECTORY EVENTS` fills a store of EventCore's in DIRECTORY with the first events of
-//! a Shadowbox log, takes the time from the start of the projection until it has applied the last one, and prints that as
+//! `eventcore-contestant SETTING EVENTS.sqlite DIRECTORY EVENTS` fills a store of EventCore's in DIRECTORY with the first
+//! events of a plain table, which are in the order of our log, takes the time from the start of the projection until it has applied the last one, and prints that as
 //! JSON. The store is filled before, and counts for nothing. `benches/README.md` says what the settings are.
 
 use std::collections::HashMap;
@@ -21,9 +21,6 @@ use tokio::sync::Notify;
 
 /// EventCore asks a store for the events of one type, and a type of Rust is a type of event: one enum for all of them.
 const TYPE: &str = "Fact";
-
-/// Sources in the order in which they are appended: EventCore has one order of all events, and airlines come first.
-const SOURCES: [&str; 2] = ["fleet", "flights"];
 
 const TYPES: [&str; 6] =
     ["AirlineRegistered", "FlightScheduled", "FlightDeparted", "FlightCancelled", "FlightArrived", "FlightDiverted"];
@@ -165,7 +162,7 @@ impl Projector for Carriers {
 async fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [setting, log, directory, events] = &arguments[..] else {
-        bail!("usage: eventcore-contestant durable|relaxed|memory LOG DIRECTORY EVENTS");
+        bail!("usage: eventcore-contestant durable|relaxed|memory EVENTS.sqlite DIRECTORY EVENTS");
     };
     let (log, directory) = (Path::new(log), Path::new(directory));
     let path = directory.join("events.sqlite");
@@ -212,31 +209,26 @@ fn relaxed(path: &Path) -> Result<Connection> {
     Ok(connection)
 }
 
-/// Appends the first events of a log that the projection subscribes to, all of `fleet` among them.
-async fn fill(store: &SqliteEventStore, log: &Path, events: usize) -> Result<usize> {
-    let log = Connection::open_with_flags(log.join("log.sqlite"), OpenFlags::SQLITE_OPEN_READ_ONLY)?;
+/// Appends the first events of a table that the projection subscribes to.
+async fn fill(store: &SqliteEventStore, table: &Path, events: usize) -> Result<usize> {
+    let table = Connection::open_with_flags(table, OpenFlags::SQLITE_OPEN_READ_ONLY)?;
     let mut versions = HashMap::new();
     let mut filled = 0;
-    for source in SOURCES {
-        let number: i64 = log.query_row("SELECT number FROM sources WHERE name = ?", [source], |row| row.get(0))?;
-        let mut statement = log.prepare(&format!(
-            "SELECT t.name, e.payload FROM source_{number} e JOIN types t ON t.number = e.type ORDER BY e.position"
-        ))?;
-        let mut rows = statement.query([])?;
-        let mut page = Vec::new();
-        while filled + page.len() < events
-            && let Some(row) = rows.next()?
-        {
-            let event_type: String = row.get(0)?;
-            if TYPES.contains(&event_type.as_str()) {
-                page.push(stored(event_type, row.get_ref(1)?.as_blob()?)?);
-            }
-            if page.len() == 1_000 {
-                filled += append(store, &mut versions, std::mem::take(&mut page)).await?;
-            }
+    let mut statement = table.prepare("SELECT type, payload FROM events ORDER BY position")?;
+    let mut rows = statement.query([])?;
+    let mut page = Vec::new();
+    while filled + page.len() < events
+        && let Some(row) = rows.next()?
+    {
+        let event_type: String = row.get(0)?;
+        if TYPES.contains(&event_type.as_str()) {
+            page.push(stored(event_type, row.get_ref(1)?.as_blob()?)?);
         }
-        filled += append(store, &mut versions, page).await?;
+        if page.len() == 1_000 {
+            filled += append(store, &mut versions, std::mem::take(&mut page)).await?;
+        }
     }
+    filled += append(store, &mut versions, page).await?;
     ensure!(filled == events, "the log has only {filled} events");
     Ok(filled)
 }

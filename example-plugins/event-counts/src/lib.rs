@@ -1,18 +1,16 @@
 //! What is in the log: for each source and event type how many events there are, and when the first and the last of them
 //! happened.
 //!
-//! It shows a projection over events that it knows nothing of. A subscription is a glob, so that types count which did
-//! not exist when this was written; and a variant without a payload's type says that the payload is not looked at, so
+//! It shows a projection over events that it knows nothing of. Its subscription is a glob for sources and one for types,
+//! so that both count which did not exist when this was written; and a variant without a payload's type says that the payload is not looked at, so
 //! that it may be anything, JSON or not, and costs nothing. All there is to know then is in the [`Event`] itself.
 
 use shadowbox_plugin::prelude::*;
 
-/// Every event of three services. `source` is an exact name: a projection says whose log it follows.
+/// Every event of every source. `source = "sensors/*"` would be those of the sources whose names begin so.
 #[derive(Events)]
 enum Anything {
-    #[event("*", source = "flights")]
-    #[event("*", source = "fleet")]
-    #[event("*", source = "weather")]
+    #[event("*", source = "*")]
     Happened,
 }
 
@@ -46,15 +44,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn types_that_nobody_knew_count_too_by_source() {
+    fn what_nobody_knew_counts_too_by_source_and_type() {
         let kit = TestKit::new(event_counts)
             .given("flights", "FlightDeparted", json!({}))
             .given("flights", "FlightInvented", json!("not what anybody expects"))
             .given("flights", "FlightDeparted", json!(null))
-            .given("weather", "FlightDeparted", json!({}));
+            .given("sensors/7", "FlightDeparted", json!({}));
         let counts: Vec<_> = kit.rows::<EventCount>().into_iter().map(|r| (r.source, r.event_type, r.events)).collect();
         let expected =
-            [("flights", "FlightDeparted", 2), ("flights", "FlightInvented", 1), ("weather", "FlightDeparted", 1)];
+            [("flights", "FlightDeparted", 2), ("flights", "FlightInvented", 1), ("sensors/7", "FlightDeparted", 1)];
         assert_eq!(counts, expected.map(|(source, event_type, n)| (source.to_owned(), event_type.to_owned(), n)));
         kit.assert_pure();
     }

@@ -37,8 +37,9 @@ impl Parse for Arguments {
 
 struct Subscription {
     source: LitStr,
+    source_glob: bool,
     event_type: LitStr,
-    glob: bool,
+    type_glob: bool,
     variant: u16,
 }
 
@@ -115,8 +116,9 @@ fn subscribe(
         if source.value().is_empty() {
             return Err(Error::new(source.span(), "a source's name is not empty"));
         }
+        let source_glob = is_glob(source, "a source")?;
         for event_type in arguments.types {
-            let glob = is_glob(&event_type)?;
+            let type_glob = is_glob(&event_type, "an event type")?;
             let same = |before: &&Subscription| {
                 before.source.value() == source.value() && before.event_type.value() == event_type.value()
             };
@@ -124,7 +126,7 @@ fn subscribe(
                 let why = format!("`{}` of `{}` is subscribed to already", event_type.value(), source.value());
                 return Err(Error::new(event_type.span(), why));
             }
-            all.push(Subscription { source: source.clone(), event_type, glob, variant: index });
+            all.push(Subscription { source: source.clone(), source_glob, event_type, type_glob, variant: index });
         }
     }
     Ok(())
@@ -136,9 +138,14 @@ fn implement(input: &DeriveInput, subscriptions: &[Subscription], parses: bool, 
         Some(_) => (quote!(<'_>), quote!(<'a>)),
         None => (quote!(), quote!()),
     };
-    let subscriptions = subscriptions.iter().map(|Subscription { source, event_type, glob, variant }| {
+    let subscriptions = subscriptions.iter().map(|subscription| {
+        let Subscription { source, source_glob, event_type, type_glob, variant } = subscription;
         quote!(#sdk::__private::Subscription {
-            source: #source, event_type: #event_type, glob: #glob, variant: #variant,
+            source: #source,
+            source_glob: #source_glob,
+            event_type: #event_type,
+            type_glob: #type_glob,
+            variant: #variant,
         })
     });
     quote! {

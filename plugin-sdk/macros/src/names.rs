@@ -24,28 +24,31 @@ fn check(name: &str, others: &str, span: &impl Spanned) -> Result<()> {
     Err(Error::new(span.span(), format!("`{name}` cannot be a name here: {rule}")))
 }
 
-/// Whether an event type is a glob. Refuses globs whose meaning is more than the contract names, so that the plugin and
-/// the host cannot read one in two ways.
-pub(crate) fn is_glob(pattern: &LitStr) -> Result<bool> {
+/// Whether a source or an event type, as `what` says, is a glob; a name with escapes is none. Refuses globs whose meaning
+/// is more than the contract names, so that the plugin and the host cannot read one in two ways.
+pub(crate) fn is_glob(pattern: &LitStr, what: &str) -> Result<bool> {
     let text = pattern.value();
-    let refuse = |why: &str| Err(Error::new(pattern.span(), format!("`{text}` is not an event type or a glob: {why}")));
+    let refuse = |why: &str| Err(Error::new(pattern.span(), format!("`{text}` is not {what} or a glob: {why}")));
     if text.is_empty() {
         return refuse("it is empty");
     }
     if !text.contains(['*', '?', '[', ']', '{', '}', '\\']) {
         return Ok(false);
     }
-    if text.contains("**") {
-        return refuse("write `*`, which matches any characters");
-    }
-    if text.contains('\\') {
-        return refuse("there is no escaping; write `?` for the character");
-    }
-    let (mut depth, mut empty) = (0_usize, false);
+    let (mut depth, mut empty, mut glob) = (0_usize, false, false);
     let mut rest = text.as_str();
     while let Some(c) = rest.chars().next() {
         rest = &rest[c.len_utf8()..];
+        glob |= "*?[{".contains(c);
         match c {
+            '\\' => {
+                let mut behind = rest.chars();
+                if behind.next().is_none() {
+                    return refuse("a `\\` stands before the character that is to be itself; there is none");
+                }
+                (rest, empty) = (behind.as_str(), false);
+            }
+            '*' if rest.starts_with('*') => return refuse("write `*`, which matches any characters"),
             '[' => {
                 let Some((class, behind)) = rest.split_once(']') else { return refuse("a `[` is not closed") };
                 let class = class.strip_prefix(['!', '^']).unwrap_or(class);
@@ -71,7 +74,7 @@ pub(crate) fn is_glob(pattern: &LitStr) -> Result<bool> {
             _ => empty = false,
         }
     }
-    if depth > 0 { refuse("a `{` is not closed") } else { Ok(true) }
+    if depth > 0 { refuse("a `{` is not closed") } else { Ok(glob) }
 }
 
 /// Whether a `-` stands between two characters in rising order wherever it stands. At an edge it would be itself, which
@@ -114,19 +117,21 @@ mod tests {
     use super::*;
 
     fn glob(text: &str) -> Option<bool> {
-        is_glob(&LitStr::new(text, proc_macro2::Span::call_site())).ok()
+        is_glob(&LitStr::new(text, proc_macro2::Span::call_site()), "an event type").ok()
     }
 
     #[test]
     fn globs_are_told_from_names_and_checked() {
-        for name in ["OrderPlaced", "com.acme/order,placed", "Bestellung-aufgegeben"] {
+        for name in ["OrderPlaced", "com.acme/order,placed", "Bestellung-aufgegeben", "a\\*\\*", "\\{", "\\é"] {
             assert_eq!(glob(name), Some(false), "{name}");
         }
-        for pattern in ["*", "Order*", "V?", "[AB]x", "[!a-z]", "{A,B{C,D}}E", "{A,[B]}"] {
+        for pattern in
+            ["*", "Order*", "V?", "[AB]x", "[!a-z]", "{A,B{C,D}}E", "{A,[B]}", "sensors/*", "\\**", "{\\},A}"]
+        {
             assert_eq!(glob(pattern), Some(true), "{pattern}");
         }
         for wrong in
-            ["", "a**", "a\\*", "[", "[]", "[!]", "]", "[z-a]", "[-a]", "[a-]", "[é]", "{A", "A}", "{}", "{A,}", "{,A}"]
+            ["", "a**", "a\\", "[", "[]", "[!]", "]", "[z-a]", "[-a]", "[a-]", "[é]", "{A", "A}", "{}", "{A,}", "{,A}"]
         {
             assert_eq!(glob(wrong), None, "{wrong}");
         }

@@ -35,4 +35,11 @@ enum Globs {
     Placed,
 }
 
+#[derive(Events)]
+#[events(source = "sensors/**")]
+enum Sources {
+    #[event("Read")]
+    Read,
+}
+
 fn main() {}

@@ -11,7 +11,7 @@ use shadowbox::supervisor::{PolicyStatus, replay};
 use shadowbox::view::{self, DeadLetter, GenerationRecord};
 
 use super::views::{live, table};
-use super::{Common, ask, running, send};
+use super::{Common, ask, lines, one_line, running, send};
 
 #[derive(Args)]
 pub(super) struct Resume {
@@ -160,13 +160,13 @@ impl List {
                 table.add_row([
                     number.to_string(),
                     state.name().to_owned(),
-                    event.source,
+                    one_line(&event.source).into_owned(),
                     event.position.to_string(),
-                    event.stream,
-                    event.event_type,
-                    event.id,
+                    one_line(&event.stream).into_owned(),
+                    one_line(&event.event_type).into_owned(),
+                    one_line(&event.id).into_owned(),
                     // Others wait for the first one of their stream.
-                    cause.map_or_else(String::new, |cause| one_line(&cause.message)),
+                    cause.map_or_else(String::new, |cause| short(&cause.message)),
                 ]);
             }
             say!("{table}");
@@ -179,9 +179,10 @@ impl List {
 const REASON: usize = 160;
 
 /// A message on one line, cut to what a table has room for.
-fn one_line(message: &str) -> String {
+fn short(message: &str) -> String {
     let line = message.split_whitespace().collect::<Vec<_>>().join(" ");
-    line.chars().take(REASON).collect()
+    let cut: String = line.chars().take(REASON).collect();
+    one_line(&cut).into_owned()
 }
 
 impl Show {
@@ -207,20 +208,21 @@ impl Show {
 fn print(letter: &DeadLetter) -> Result<()> {
     let DeadLetter { number, state, event, cause } = letter;
     say!("dead letter {number}, {}", state.name());
-    say!("  event    {} ({}) of {}", event.id, event.event_type, event.time);
-    say!("  position {} of source {}", event.position, event.source);
+    say!("  event    {} ({}) of {}", one_line(&event.id), one_line(&event.event_type), event.time);
+    say!("  position {}", event.position);
+    say!("  source   {}", one_line(&event.source));
     if !event.stream.is_empty() {
-        say!("  stream   {}", event.stream);
+        say!("  stream   {}", one_line(&event.stream));
     }
     let Some(cause) = cause else {
         say!("  it was not tried: an earlier event of its stream is parked");
         return Ok(());
     };
     say!("  module   {}", cause.module_hash);
-    say!("  reason   {}", cause.message);
+    say!("  reason   {}", lines(&cause.message));
     for (what, text) in [("backtrace", &cause.backtrace), ("output", &cause.output)] {
         if let Some(text) = text {
-            say!("{what}:\n{text}");
+            say!("{what}:\n{}", lines(text));
         }
     }
     Ok(())
@@ -249,7 +251,7 @@ fn save(config: &Config, generation: &GenerationRecord, letter: &DeadLetter, dir
     }
     say!("wrote {}", directory.display());
     match replay.cause {
-        Some(cause) => say!("the event still fails: {}", one_line(&cause.message)),
+        Some(cause) => say!("the event still fails: {}", short(&cause.message)),
         None => say!("the event would be applied now; retry it"),
     }
     say!("as a test: TestKit::new(my_projection).load({:?}).given_saved()", directory.display().to_string());
@@ -274,7 +276,7 @@ impl Treat {
                 _ => say!("discarded {}", outcome["discarded"]),
             }
             for failed in outcome["failed"].as_array().into_iter().flatten() {
-                let message = one_line(failed["message"].as_str().unwrap_or_default());
+                let message = short(failed["message"].as_str().unwrap_or_default());
                 say!("{} failed again: {message}", failed["number"]);
             }
             say!("{} are parked, {} skipped", outcome["left"]["parked"], outcome["left"]["skipped"]);

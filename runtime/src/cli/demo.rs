@@ -47,7 +47,7 @@ impl Demo {
         say!("appending real events: two weeks of flights out of New York, 2013");
         let log = EventLog::open(&config.data)?;
         let files: Vec<PathBuf> = EVENTS.iter().map(|file| root.join(file)).collect();
-        let imported = events::import(&log, &files, None);
+        let imported = events::import(&log, &files, None, events::Order::ByTime);
         if let Some(error) = imported.failed {
             return Err(error);
         }
@@ -106,9 +106,9 @@ async fn catch_up(server: &Server) {
     loop {
         let status = server.runtime.status();
         for (bar, projection) in bars.iter().zip(&status.projections) {
-            let count = |position: Option<shadowbox::model::Position>| position.map_or(0, |p| p.0 + 1);
-            bar.set_length(projection.live.sources.iter().map(|s| count(s.head)).sum());
-            bar.set_position(projection.live.sources.iter().map(|s| count(s.checkpoint)).sum());
+            let done = projection.live.position.map_or(0, |p| p.0 + 1);
+            bar.set_length(done + projection.live.lag_events);
+            bar.set_position(done);
             bar.set_message(format!("{:.0}/s", projection.live.rate));
         }
         if status.projections.iter().all(|p| p.live.lag_events == 0 || p.live.error.is_some()) {

@@ -16,6 +16,7 @@ mod proof;
 mod serve;
 mod views;
 
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -69,10 +70,13 @@ enum Command {
     ///
     /// An event whose source and id are in the log already is no error and appends nothing, so an import that broke is
     /// simply run again. Works while a runtime runs on the same data. A bad line stops it; all before it are kept.
+    /// Several files are interleaved as their events happened, by their times; each file keeps its own order.
     Append(events::Append),
-    /// Print events of the log as JSON lines
+    /// Print events of the log as JSON lines, in the log's order
     Events(events::Events),
-    /// Show every projection: state, generation, checkpoint and head of each source, lag, rate, error
+    /// Show what is in the log, and what it takes
+    Log(events::Log),
+    /// Show the log's head, and every projection: state, generation, position, lag, rate, error
     Status(views::Status),
     /// Run read-only SQL over all live views; views of several projections can be joined
     Query(views::Query),
@@ -121,6 +125,7 @@ pub(crate) async fn run(cli: Cli) -> Result<ExitCode> {
         Command::Run(command) => command.run(&common).await,
         Command::Append(command) => command.run(&common),
         Command::Events(command) => command.run(&common).await,
+        Command::Log(command) => command.run(&common),
         Command::Status(command) => command.run(&common).await,
         Command::Query(command) => command.run(&common).await,
         Command::Rebuild(command) => command.run(&common),
@@ -189,6 +194,28 @@ impl Common {
     }
 }
 
+/// Text of somebody else for one line of a terminal. A control character in it, C0 or C1, could move the cursor or
+/// change colours, so it is shown as Rust writes it.
+fn one_line(text: &str) -> Cow<'_, str> {
+    escape(text, char::is_control)
+}
+
+/// The same for text of several lines.
+fn lines(text: &str) -> Cow<'_, str> {
+    escape(text, |c| c.is_control() && c != '\n' && c != '\t')
+}
+
+fn escape(text: &str, escaped: impl Fn(char) -> bool) -> Cow<'_, str> {
+    if !text.contains(&escaped) {
+        return Cow::Borrowed(text);
+    }
+    let mut out = String::with_capacity(text.len() + 16);
+    for c in text.chars() {
+        if escaped(c) { out.extend(c.escape_default()) } else { out.push(c) }
+    }
+    Cow::Owned(out)
+}
+
 /// The address of the runtime that runs on this data.
 fn running(config: &Config) -> Result<String> {
     let address = shadowbox::supervisor::running(&config.data)
@@ -220,4 +247,17 @@ fn send<T: serde::de::DeserializeOwned>(method: &str, url: &str, body: Option<&s
         anyhow::bail!("{}", error["message"].as_str().unwrap_or(&body));
     }
     serde_json::from_str(&body).with_context(|| format!("{url} did not answer as expected"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn control_characters_reach_no_terminal() {
+        let text = "a\u{1b}[31m\tb\nc\u{9b}2J\u{7f} é\u{301}";
+        assert_eq!(one_line(text), "a\\u{1b}[31m\\tb\\nc\\u{9b}2J\\u{7f} é\u{301}");
+        assert_eq!(lines(text), "a\\u{1b}[31m\tb\nc\\u{9b}2J\\u{7f} é\u{301}");
+        assert!(matches!(one_line("plain"), Cow::Borrowed("plain")));
+    }
 }

@@ -9,7 +9,7 @@ use anyhow::Result;
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::value::RawValue;
-use shadowbox::model::Checkpoint;
+use shadowbox::model::{EventName, Position};
 use shadowbox::proof::{
     self, Action, Cost, Differing, PlanRequest, Planned, Progress, Run, Tell, Verified, VerifyRequest,
 };
@@ -27,9 +27,9 @@ Example:
 pub(super) struct Verify {
     /// The projection's name
     projection: String,
-    /// First wait until the live generation has come so far, as in orders=12,payments=7
+    /// First wait until the live generation is complete to this position
     #[arg(long, value_name = "POSITION")]
-    at: Option<Checkpoint>,
+    at: Option<Position>,
     /// Where batches end and instances are dropped follows from this number [default: another one each time]
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
@@ -48,7 +48,7 @@ pub(super) struct Plan {
     /// The module
     #[arg(value_name = "FILE.wasm")]
     file: PathBuf,
-    /// Run only the last N events of each source, through the live module and through this one, both from empty views
+    /// Run only the last N events of the log, through the live module and through this one, both from empty views
     #[arg(long, value_name = "N")]
     last: Option<u64>,
     /// Print everything as JSON
@@ -125,7 +125,7 @@ fn print_verified(v: &Verified) -> Result<()> {
         (None, true) => "equal",
         (None, false) => "different",
     };
-    say!("{verdict}: {}, generation {}, at {}", v.projection, v.generation, position(&v.position));
+    say!("{verdict}: {}, generation {}, at {}", v.projection, v.generation, position(v.position));
     let left_out =
         if v.dead_letters == 0 { String::new() } else { format!(", {} dead letters left out", v.dead_letters) };
     say!(
@@ -172,8 +172,9 @@ fn print_events(row: &Differing) -> Result<()> {
         (0, _) => say!("      changed by no event of the replay"),
         (changes, shown) => {
             let all = if changes > shown { format!("{} events, the last", count(changes)) } else { "".into() };
-            let names =
-                row.events.iter().map(|e| format!("{} {:?} at {}={}", e.event_type, e.id, e.source, e.position));
+            let name =
+                |e: &EventName| format!("{} {:?} of source {:?} at {}", e.event_type, e.id, e.source, e.position);
+            let names = row.events.iter().map(name);
             say!(
                 "      changed by {all}{}{}",
                 if all.is_empty() { "" } else { ": " },
@@ -204,11 +205,12 @@ fn print_planned(p: &Planned) -> Result<()> {
 }
 
 fn print_run(p: &Planned, run: &Run) -> Result<()> {
-    let range = run.last.map_or(String::new(), |last| format!(", the last {} of each source", count(last)));
+    say!("it wants {} of the {} events of the log", count(run.wanted), count(run.log));
+    let range = run.last.map_or(String::new(), |last| format!(", of the last {}", count(last)));
     say!(
         "run in the shadow: {} events{range}, up to {}; {}",
         count(run.cost.events),
-        position(&run.until),
+        position(run.until),
         cost(&run.cost)
     );
     if let Some(failed) = &run.failed {
@@ -273,8 +275,8 @@ fn brief(value: &RawValue) -> String {
     }
 }
 
-fn position(checkpoint: &Checkpoint) -> String {
-    if checkpoint.is_empty() { "the beginning".into() } else { checkpoint.to_string() }
+fn position(position: Option<Position>) -> String {
+    position.map_or_else(|| "the beginning".to_owned(), |position| position.to_string())
 }
 
 fn cost(cost: &Cost) -> String {

@@ -11,14 +11,12 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 use shadowbox::config::Config;
 use shadowbox::log::EventLog;
-use shadowbox::supervisor::{
-    GenerationStatus, ProjectionState, ProjectionStatus, SourceHead, SourceStatus, Status as Snapshot,
-};
+use shadowbox::supervisor::{GenerationStatus, LogStatus, ProjectionState, ProjectionStatus, Status as Snapshot};
 use shadowbox::view::{
-    Catalogue, DeadLetters, GenerationRecord, LetterCounts, ProjectionRecord, Role, readers, render, sql,
+    Catalogue, DeadLetters, Error, GenerationRecord, LetterCounts, ProjectionRecord, Role, mark, readers, render, sql,
 };
 
-use super::{Common, Format, ask, running};
+use super::{Common, Format, ask, lines, one_line, running};
 
 /// What a terminal usually has.
 const WIDTH: u16 = 100;
@@ -59,7 +57,8 @@ impl Status {
 
 /// What the files say while no runtime runs.
 async fn at_rest(config: &Config) -> Result<Snapshot> {
-    let heads = EventLog::open(&config.data)?.heads_now();
+    let log = EventLog::open(&config.data)?;
+    let head = log.head_now();
     let policies = match Catalogue::open_read_only(&config.data).await? {
         Some(catalogue) => catalogue.policies().await?,
         None => BTreeMap::new(),
@@ -69,22 +68,18 @@ async fn at_rest(config: &Config) -> Result<Snapshot> {
         let dead_letters =
             if record.file.exists() { DeadLetters::open(&record.file)?.counts()? } else { LetterCounts::default() };
         let policy = policies.get(&record.projection).copied().unwrap_or(config.policy(&record.projection));
-        let marks = if record.file.exists() { readers::read_marks(&record.file)? } else { Vec::new() };
-        let (mut sources, mut lag_events, mut lag_seconds) = (Vec::new(), 0, 0.0_f64);
-        for subscription in &record.manifest.sources {
-            let head = heads.get(subscription.source.as_str());
-            let mark = marks.iter().find(|(source, ..)| *source == subscription.source);
-            if let Some(head) = head.filter(|h| mark.is_none_or(|(_, p, _)| *p < h.position)) {
-                lag_events += head.position.0 + 1 - mark.map_or(0, |(_, p, _)| p.0 + 1);
-                let reached = mark.map_or(head.first_time, |(.., time)| *time);
-                lag_seconds = lag_seconds.max((head.time.microseconds() - reached.microseconds()) as f64 / 1e6);
-            }
-            sources.push(SourceStatus {
-                source: subscription.source.clone(),
-                checkpoint: mark.map(|(_, p, _)| *p),
-                head: head.map(|h| h.position),
-            });
-        }
+        let (mark, error) = match record.file.exists().then(|| mark(&record.file)).transpose() {
+            Ok(mark) => (mark.flatten(), None),
+            // Its rows are there, and complete to no position that there is.
+            Err(error @ Error::Former { .. }) => (None, Some(error.to_string())),
+            Err(error) => return Err(error.into()),
+        };
+        let position = mark.as_ref().map(|mark| mark.position);
+        let lag_events = log.count(&record.manifest, position.map_or(0, |p| p.0 + 1), head.next)?;
+        let reached = mark.map_or(head.first, |mark| mark.appended);
+        // Clocks may have been set back.
+        let behind = ((head.appended.microseconds() - reached.microseconds()) as f64 / 1e6).max(0.0);
+        let lag_seconds = if lag_events > 0 { behind } else { 0.0 };
         projections.push(ProjectionStatus {
             name: record.projection,
             state: ProjectionState::Stopped,
@@ -95,11 +90,11 @@ async fn at_rest(config: &Config) -> Result<Snapshot> {
                 generation: record.number,
                 version: record.manifest.version,
                 module_hash: record.module,
-                sources,
+                position: if lag_events > 0 || error.is_some() { position } else { position.max(head.last()) },
                 lag_events,
                 lag_seconds,
                 rate: 0.0,
-                error: None,
+                error,
                 fault: None,
                 dead_letters,
             },
@@ -108,8 +103,15 @@ async fn at_rest(config: &Config) -> Result<Snapshot> {
             rolled_back_from: held,
         });
     }
-    let sources = heads.iter().map(|(s, h)| SourceHead { source: s.to_string(), head: h.position }).collect();
-    Ok(Snapshot { sources, projections, refused: Vec::new() })
+    let log = LogStatus {
+        identity: log.identity().to_owned(),
+        head: head.last(),
+        appended: head.last().map(|_| head.appended),
+        sources: log.sources() as u64,
+        types: log.types() as u64,
+        error: None,
+    };
+    Ok(Snapshot { log, projections, refused: Vec::new() })
 }
 
 /// The live generations of a data directory, by the names of their projections.
@@ -129,10 +131,24 @@ async fn live_and_held(config: &Config) -> Result<Vec<(GenerationRecord, Option<
 }
 
 fn print(status: &Snapshot) -> Result<()> {
+    let LogStatus { head, sources, types, .. } = &status.log;
+    let plural = |number: u64, what: &str| format!("{number} {what}{}", if number == 1 { "" } else { "s" });
+    match head {
+        None => say!("the log has no events"),
+        Some(head) => say!(
+            "the log has {} of {} and {}; its head is at position {head}",
+            plural(head.0 + 1, "event"),
+            plural(*sources, "source"),
+            plural(*types, "type")
+        ),
+    }
+    if let Some(error) = &status.log.error {
+        say!("{}", lines(error));
+    }
     if status.projections.is_empty() {
         say!("no projections; drop a module into the plugin folder of a running shadowbox");
     } else {
-        let mut table = table(&["projection", "state", "gen", "module", "source", "checkpoint", "head", "lag", "rate"]);
+        let mut table = table(&["projection", "state", "gen", "module", "position", "lag", "rate"]);
         for p in &status.projections {
             add(&mut table, &p.name, state(p.state), &p.live);
             if let Some(building) = &p.building {
@@ -143,7 +159,7 @@ fn print(status: &Snapshot) -> Result<()> {
     }
     for p in status.projections.iter() {
         if let Some(error) = &p.live.error {
-            say!("{}: {error}", p.name);
+            say!("{}: {}", p.name, lines(error));
         }
         if let Some(hash) = &p.rolled_back_from {
             let hash = &hash[..hash.len().min(8)];
@@ -154,7 +170,7 @@ fn print(status: &Snapshot) -> Result<()> {
             );
         }
         if let Some(backtrace) = p.live.fault.as_ref().and_then(|fault| fault.cause.backtrace.as_ref()) {
-            say!("{backtrace}");
+            say!("{}", lines(backtrace));
         }
         let LetterCounts { parked, skipped } = p.live.dead_letters;
         if parked + skipped > 0 {
@@ -162,31 +178,25 @@ fn print(status: &Snapshot) -> Result<()> {
         }
     }
     for refused in &status.refused {
-        say!("{} is refused: {}", refused.file, refused.reason);
+        say!("{} is refused: {}", one_line(&refused.file), lines(&refused.reason));
     }
     Ok(())
 }
 
 fn add(table: &mut Table, name: &str, state: &str, g: &GenerationStatus) {
-    let number = |p: Option<shadowbox::model::Position>| p.map_or("-".to_owned(), |p| p.to_string());
     let lag = match g.lag_events {
         0 => "0".to_owned(),
         events => format!("{events}, {}", duration(g.lag_seconds)),
     };
-    for (i, source) in g.sources.iter().enumerate() {
-        let first = |text: String| if i == 0 { text } else { String::new() };
-        table.add_row([
-            first(name.to_owned()),
-            first(state.to_owned()),
-            first(g.generation.to_string()),
-            first(g.module_hash.chars().take(8).collect()),
-            source.source.clone(),
-            number(source.checkpoint),
-            number(source.head),
-            first(lag.clone()),
-            first(format!("{:.0}/s", g.rate)),
-        ]);
-    }
+    table.add_row([
+        name.to_owned(),
+        state.to_owned(),
+        g.generation.to_string(),
+        g.module_hash.chars().take(8).collect(),
+        g.position.map_or("-".to_owned(), |p| p.to_string()),
+        lag,
+        format!("{:.0}/s", g.rate),
+    ]);
 }
 
 fn state(state: ProjectionState) -> &'static str {
@@ -238,9 +248,12 @@ pub(super) async fn query(config: &Config, statement: &str, format: Format) -> R
     sql::query(&live(config).await?, statement, |part| {
         bytes.clear();
         match (format, part) {
-            (Format::Table, sql::Part::Columns(names)) => shown = table(&names),
+            (Format::Table, sql::Part::Columns(names)) => {
+                let names: Vec<_> = names.into_iter().map(one_line).collect();
+                shown = table(&names.iter().map(|name| &**name).collect::<Vec<_>>());
+            }
             (Format::Table, sql::Part::Row(values)) => {
-                shown.add_row(values.iter().map(|value| render::text(None, *value)));
+                shown.add_row(values.iter().map(|value| one_line(&render::text(None, *value)).into_owned()));
             }
             (Format::Json, sql::Part::Columns(names)) => {
                 json = render::JsonRows::new(names.iter().map(|name| (*name, None)));
@@ -348,9 +361,9 @@ fn wait(url: &str, generation: u64, is_live: impl Fn(u64) -> bool) -> Result<()>
         if let Some(error) = building.error.as_ref().filter(|_| status.state != ProjectionState::Rebuilding) {
             bail!("generation {generation} failed, the former one goes on: {error}");
         }
-        let count = |position: Option<shadowbox::model::Position>| position.map_or(0, |p| p.0 + 1);
-        bar.set_length(building.sources.iter().map(|s| count(s.head)).sum());
-        bar.set_position(building.sources.iter().map(|s| count(s.checkpoint)).sum());
+        let done = building.position.map_or(0, |p| p.0 + 1);
+        bar.set_length(done + building.lag_events);
+        bar.set_position(done);
         bar.set_message(format!("{:.0}/s", building.rate));
         std::thread::sleep(LOOK);
     }

@@ -20,8 +20,8 @@ pub(super) async fn index() -> Json<Value> {
         "routes": {
             "GET /views": "all views: columns, key, generation, position",
             "GET /views/{view}": "rows; ?select=a,b&column=gte.5&order=a.desc&limit=20, as in PostgREST",
-            "POST /events": "append one CloudEvent or a batch",
-            "GET /projections": "state, checkpoints, lag and errors of all projections",
+            "POST /events": "append one CloudEvent or a batch; answers the first and the last position",
+            "GET /projections": "state, position, lag and errors of all projections",
             "GET /projections/{projection}": "of one",
             "POST /projections/{projection}/rebuild": "build its views anew while the present ones go on answering",
             "POST /projections/{projection}/rollback": "go back to the former generation that is kept",
@@ -31,7 +31,7 @@ pub(super) async fn index() -> Json<Value> {
             "GET /projections/{projection}/dead-letters/{number}": "one, with backtrace and output",
             "POST /projections/{projection}/dead-letters/retry": "apply them now; {\"number\": 3}, {\"stream\": \"order-1\"} or {\"all\": true}",
             "POST /projections/{projection}/dead-letters/discard": "forget them; the same",
-            "GET /status": "projections, heads of the log, refused modules",
+            "GET /status": "the log, projections, refused modules",
             "GET /healthz": "200 while the process works",
             "GET /readyz": "200 while all views are current",
         },
@@ -148,7 +148,7 @@ fn why_not_current(projection: &ProjectionStatus) -> Option<String> {
 mod tests {
     use super::*;
     use crate::config::Policy;
-    use crate::supervisor::GenerationStatus;
+    use crate::supervisor::{GenerationStatus, LogStatus};
     use crate::view::LetterCounts;
 
     #[test]
@@ -169,7 +169,7 @@ mod tests {
                 generation: 1,
                 version: 1,
                 module_hash: String::new(),
-                sources: Vec::new(),
+                position: None,
                 lag_events: lag,
                 lag_seconds: 0.0,
                 rate: 0.0,
@@ -182,7 +182,9 @@ mod tests {
             let policy = Policy::Pause;
             let projection =
                 ProjectionStatus { name, state, file, views, policy, live, building: None, rolled_back_from: None };
-            let status = Status { sources: Vec::new(), projections: vec![projection], refused: Vec::new() };
+            let log =
+                LogStatus { identity: "log".into(), head: None, appended: None, sources: 0, types: 0, error: None };
+            let status = Status { log, projections: vec![projection], refused: Vec::new() };
             assert_eq!(not_current(&status).is_empty(), ready, "{state:?} {lag} {error:?}");
         }
     }

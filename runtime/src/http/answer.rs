@@ -7,9 +7,9 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
-use crate::model::Checkpoint;
+use crate::model::Position;
 
-/// The position per source to which an answer is complete, or, in a request, is to be complete.
+/// The position to which an answer is complete, or, in a request, is to be complete.
 pub(super) const POSITION: HeaderName = HeaderName::from_static("shadowbox-position");
 /// The generation that an answer was read from.
 pub(super) const GENERATION: HeaderName = HeaderName::from_static("shadowbox-generation");
@@ -52,6 +52,12 @@ impl Failure {
         self
     }
 
+    /// Says to which position the answer would have been complete.
+    pub(super) fn position(mut self, position: Option<Position>) -> Failure {
+        tell_position(&mut self.headers, position);
+        self.with("position", position)
+    }
+
     /// Adds a header.
     pub(super) fn header(mut self, name: HeaderName, value: HeaderValue) -> Failure {
         self.headers.insert(name, value);
@@ -65,13 +71,15 @@ impl IntoResponse for Failure {
     }
 }
 
-/// A checkpoint as a header. Source names are percent-encoded in it, so it is always plain ASCII.
-pub(super) fn position_header(checkpoint: &Checkpoint) -> HeaderValue {
-    HeaderValue::try_from(checkpoint.to_string()).expect("ASCII")
+/// Says in an answer to which position it is complete; nothing, if it is to none.
+pub(super) fn tell_position(headers: &mut HeaderMap, position: Option<Position>) {
+    if let Some(position) = position {
+        headers.insert(POSITION, HeaderValue::from(position.0));
+    }
 }
 
-/// The position that a request asks for. An empty header is what an answer from before the first event carries.
-pub(super) fn wanted_position(headers: &HeaderMap) -> Result<Option<Checkpoint>, Failure> {
+/// The position that a request asks for. An empty header asks for none.
+pub(super) fn wanted_position(headers: &HeaderMap) -> Result<Option<Position>, Failure> {
     let Some(value) = headers.get(POSITION).filter(|v| !v.is_empty()) else { return Ok(None) };
     let text = value.to_str().map_err(|_| Failure::bad_request("the header shadowbox-position is not ASCII"))?;
     text.parse().map(Some).map_err(|e| Failure::bad_request(format!("the header shadowbox-position: {e}")))

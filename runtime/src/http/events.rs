@@ -4,15 +4,15 @@ use axum::Json;
 use axum::body::Bytes;
 use axum::extract::State;
 use axum::extract::rejection::BytesRejection;
-use axum::http::header::{CONTENT_ENCODING, CONTENT_TYPE};
-use axum::http::{HeaderMap, StatusCode};
+use axum::http::header::{CONTENT_ENCODING, CONTENT_TYPE, RETRY_AFTER};
+use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde_json::json;
 
 use super::App;
-use super::answer::{Failure, POSITION, position_header};
+use super::answer::{Failure, tell_position};
 use crate::log::{self, cloudevents};
-use crate::model::{Checkpoint, NewEvent};
+use crate::model::NewEvent;
 
 /// `POST /events`
 pub(super) async fn append(
@@ -25,24 +25,29 @@ pub(super) async fn append(
     let log = app.runtime.log().clone();
     let appended = tokio::task::spawn_blocking(move || {
         let events = parse(&body, batch)?;
-        log.append(&events).map_err(|error| match error {
-            log::Error::TooLarge { .. } => Failure::bad_request(error.to_string()),
+        log.append(events).map_err(|error| match error {
+            log::Error::TooLarge { .. } | log::Error::Names { .. } => Failure::bad_request(error.to_string()),
+            log::Error::Busy { .. } => Failure::new(StatusCode::SERVICE_UNAVAILABLE, "busy", error.to_string())
+                .header(RETRY_AFTER, HeaderValue::from_static("1")),
             error => Failure::internal(format!("the append failed: {error}; send it again, nothing is appended twice")),
         })
     });
     let appended = appended.await.map_err(|e| Failure::internal(format!("the append did not finish: {e}")))??;
 
-    let mut highest = Checkpoint::default();
-    for event in &appended {
-        if highest.get(&event.source) < Some(event.position) {
-            highest.set(&event.source, event.position);
-        }
-    }
     let new = appended.iter().filter(|a| a.new).count();
-    let positions: Vec<_> =
-        appended.iter().map(|a| json!({"source": a.source, "position": a.position, "appended": a.new})).collect();
-    let body = json!({"appended": new, "already": appended.len() - new, "positions": positions});
-    Ok(([(POSITION, position_header(&highest))], Json(body)).into_response())
+    let positions = || appended.iter().map(|a| a.position);
+    let last = positions().max();
+    let body = json!({
+        "appended": new,
+        "duplicates": appended.len() - new,
+        "first_position": positions().min(),
+        "last_position": last,
+        // What to wait for.
+        "position": last,
+    });
+    let mut headers = HeaderMap::new();
+    tell_position(&mut headers, last);
+    Ok((headers, Json(body)).into_response())
 }
 
 /// Whether the content type says one event, a batch, or leaves it to the first byte (None).

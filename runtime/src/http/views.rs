@@ -1,8 +1,9 @@
 //! `GET /views` and `GET /views/{view}`.
 //!
 //! A reader may ask for an answer that is complete to at least a position. Waiting for it holds no connection: it
-//! follows the checkpoint that the runtime announces. What counts in the end is the checkpoint that the read itself
-//! finds in its snapshot, because the view may have been switched to another generation in between.
+//! follows how far the runtime says that the rows are complete. What counts in the end is what the read itself finds,
+//! because the view may have been switched to another generation in between: the checkpoint in its snapshot, or the
+//! position to which that generation was complete before, if nothing that is wanted came after the checkpoint.
 
 use std::time::Duration;
 
@@ -15,12 +16,10 @@ use axum::response::{IntoResponse, Response};
 use serde_json::json;
 use tokio::time::Instant;
 
-use super::answer::{
-    Failure, GENERATION, POSITION, PREFERENCE_APPLIED, Preferences, accepted, position_header, wanted_position,
-};
+use super::answer::{Failure, GENERATION, PREFERENCE_APPLIED, Preferences, accepted, tell_position, wanted_position};
 use super::{App, dialect};
 use crate::config::limits;
-use crate::model::Checkpoint;
+use crate::model::Position;
 use crate::supervisor::LiveView;
 use crate::view::query::Select;
 use crate::view::readers::{Error, Found, Place, Value};
@@ -42,8 +41,7 @@ pub(super) async fn list(State(app): State<App>) -> Json<Vec<serde_json::Value>>
             "name": name,
             "projection": view.projection,
             "generation": view.generation,
-            "position": **view.checkpoint.borrow(),
-            "sources": view.sources,
+            "position": view.reached.now(),
             "columns": view.schema.columns,
             "key": view.schema.key,
             "indexes": view.schema.indexes,
@@ -72,8 +70,7 @@ pub(super) async fn read(
     let mut tries = TRIES;
     loop {
         let view = live_view(&app, &name)?;
-        if let Some(wanted) = &wanted {
-            check_sources(&name, &view, wanted)?;
+        if let Some(wanted) = wanted {
             follow(&app, &view, wanted, deadline).await?;
         }
         // The columns may have changed with the generation.
@@ -91,12 +88,12 @@ pub(super) async fn read(
             }
             answer => answer.map_err(failure)?,
         };
-        let Some(wanted) = &wanted else { return answer.respond(&preferences, None) };
-        if answer.found.checkpoint.covers(wanted, |_| true) {
+        let Some(wanted) = wanted else { return answer.respond(&preferences, None) };
+        if answer.position() >= Some(wanted) {
             return answer.respond(&preferences, Some(wait));
         }
         if Instant::now() >= deadline {
-            return Err(not_yet(&app, &answer.view, &answer.found.checkpoint, wanted, wait));
+            return Err(not_yet(&app, &answer.view, answer.position(), wanted, wait));
         }
         tokio::time::sleep(PAUSE).await;
     }
@@ -113,40 +110,25 @@ fn live_view(app: &App, name: &str) -> Result<LiveView, Failure> {
     })
 }
 
-fn check_sources(name: &str, view: &LiveView, wanted: &Checkpoint) -> Result<(), Failure> {
-    match wanted.iter().find(|(source, _)| !view.sources.iter().any(|s| s == source)) {
-        None => Ok(()),
-        Some((source, _)) => Err(Failure::bad_request(format!(
-            "view {name:?} does not depend on source {source:?}, so it has no position there; it depends on {}",
-            view.sources.join(", ")
-        ))),
-    }
-}
-
 /// Waits until the generation has come as far as wanted. Returns early if it ends, and at the deadline: what the
 /// answer is complete to, the read finds out.
-async fn follow(app: &App, view: &LiveView, wanted: &Checkpoint, deadline: Instant) -> Result<(), Failure> {
-    let mut checkpoint = view.checkpoint.clone();
+async fn follow(app: &App, view: &LiveView, wanted: Position, deadline: Instant) -> Result<(), Failure> {
     let mut stopping = app.stopping.clone();
     loop {
-        if checkpoint.borrow_and_update().covers(wanted, |_| true) || Instant::now() >= deadline {
+        if view.reached.now() >= Some(wanted) || Instant::now() >= deadline {
             return Ok(());
         }
         let pause = tokio::time::sleep_until(deadline.min(Instant::now() + LOOK_AGAIN));
-        let ended = tokio::select! {
-            changed = checkpoint.changed() => changed.is_err(),
-            () = pause => false,
+        tokio::select! {
+            () = view.reached.wait_for(wanted) => return Ok(()),
+            () = pause => {}
             () = async { _ = stopping.wait_for(|stopping| *stopping).await } => {
                 let message = "the runtime is stopping; ask again when it runs";
                 return Err(Failure::new(StatusCode::SERVICE_UNAVAILABLE, "stopping", message));
             }
-        };
+        }
         if replaced(app, view) {
             return Ok(());
-        }
-        if ended {
-            // Its projection has stopped, or a switch is under way. That can be seen only by looking again.
-            tokio::time::sleep(PAUSE).await;
         }
     }
 }
@@ -156,25 +138,24 @@ fn replaced(app: &App, view: &LiveView) -> bool {
 }
 
 /// The typed answer that a view is not as far as wanted, and why.
-fn not_yet(app: &App, view: &LiveView, position: &Checkpoint, wanted: &Checkpoint, wait: Duration) -> Failure {
-    let heads = app.runtime.log().heads_now();
-    let beyond = wanted.iter().find(|(source, wanted)| heads.get(*source).is_none_or(|h| h.position < *wanted));
+fn not_yet(app: &App, view: &LiveView, position: Option<Position>, wanted: Position, wait: Duration) -> Failure {
+    let head = app.runtime.log().head_now().last();
     let status = app.runtime.status();
     let error = status.projections.into_iter().find(|p| p.name == view.projection).and_then(|p| p.live.error);
-    let why = match (beyond, error) {
-        (Some((source, wanted)), _) => match heads.get(source) {
-            Some(head) => format!("the log of {source:?} ends at {}, before {wanted}", head.position),
-            None => format!("the log has no events of {source:?}"),
-        },
-        (None, Some(error)) => format!("projection {:?} has stopped: {error}", view.projection),
-        (None, None) => "ask again, or wait longer with the header prefer: wait=SECONDS".into(),
+    let why = match (head, error) {
+        (None, _) => "the log has no events".into(),
+        (Some(head), _) if head < wanted => format!("the log ends at position {head}"),
+        (_, Some(error)) => format!("projection {:?} has stopped: {error}", view.projection),
+        (_, None) => "ask again, or wait longer with the header prefer: wait=SECONDS".into(),
     };
-    let message =
-        format!("view {:?} was not complete to {wanted} within {} s; {why}", view.schema.name, wait.as_secs_f64());
+    let message = format!(
+        "view {:?} was not complete to position {wanted} within {} s; {why}",
+        view.schema.name,
+        wait.as_secs_f64()
+    );
     Failure::new(StatusCode::PRECONDITION_FAILED, "not_yet", message)
-        .with("position", position)
+        .position(position)
         .with("wanted", wanted)
-        .header(POSITION, position_header(position))
         .header(GENERATION, HeaderValue::from(view.generation))
         .header(RETRY_AFTER, HeaderValue::from_static("1"))
 }
@@ -235,11 +216,20 @@ struct Answer {
     offset: u64,
     rows: u64,
     found: Found,
+    /// The rows were complete to here before they were read.
+    reached: Option<Position>,
     body: Vec<u8>,
 }
 
 impl Answer {
+    /// The rows are those of the checkpoint that was read with them; if nothing that the projection wants came after it,
+    /// they were complete further on.
+    fn position(&self) -> Option<Position> {
+        self.found.checkpoint.max(self.reached)
+    }
+
     async fn read(app: &App, view: LiveView, select: Select, format: Format) -> Result<Answer, Error> {
+        let reached = view.reached.now();
         let offset = select.offset;
         let kinds = select.kinds(&view.schema);
         let names = || select.columns.iter().map(|o| o.name.as_str());
@@ -270,7 +260,7 @@ impl Answer {
         if format == Format::Json {
             body.push(b']');
         }
-        Ok(Answer { offset, view, format, rows, found, body })
+        Ok(Answer { offset, view, format, rows, found, reached, body })
     }
 
     /// `waited` is the bound of a wait that the request asked for, so that the answer can say that it was heard.
@@ -297,7 +287,7 @@ impl Answer {
         headers.insert(CONTENT_TYPE, HeaderValue::from_static(self.format.content_type()));
         headers.insert(VARY, HeaderValue::from_static("accept"));
         headers.insert(CONTENT_RANGE, ascii(range));
-        headers.insert(POSITION, position_header(&self.found.checkpoint));
+        tell_position(&mut headers, self.position());
         headers.insert(GENERATION, HeaderValue::from(self.view.generation));
         if !applied.is_empty() {
             headers.insert(PREFERENCE_APPLIED, ascii(applied.join(", ")));

@@ -33,7 +33,7 @@ pub enum Error {
     )]
     CoreModule,
     #[error(
-        "it is built for contract {found}; this runtime speaks {contract}; build it with the matching shadowbox-plugin",
+        "it is built for contract {found}; this runtime speaks {contract}; rebuild it with the SDK of this version",
         contract = manifest::CONTRACT
     )]
     Contract { found: String },

@@ -3,7 +3,7 @@
 //! An event is to blame only if it fails alone, on a fresh instance. What fails for a reason of the host's is never the
 //! event's fault; it is tried again ([`retry_wait`]).
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::hash::BuildHasher;
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,7 +19,7 @@ use crate::log::EventLog;
 use crate::manifest::Manifest;
 use crate::model::{Cause, Columns, Event, EventName, FailureReport, Position, RawEvent};
 use crate::plugin::{Details, Failure};
-use crate::view::{DeadLetter, DeadLetters, LetterCounts, LetterState, Run, Selector};
+use crate::view::{DeadLetter, DeadLetters, LetterCounts, LetterState, Selector};
 
 /// How long to wait before trying again for the `attempt`-th time, counted from 0: doubling, and between half of it and
 /// all of it. By how much depends on the name alone, which is random enough to keep projections apart, and the same
@@ -104,31 +104,30 @@ impl Retry {
 /// What a generation leaves out: the streams that wait, and how many letters there are, those that wait for their
 /// commit included.
 pub(super) struct Park {
-    /// By the source's index.
-    streams: Vec<HashSet<Box<[u8]>>>,
+    /// By the source's name.
+    streams: HashMap<String, HashSet<Box<[u8]>>>,
     pub(super) counts: LetterCounts,
 }
 
 impl Park {
     pub(super) fn load(job: &Job) -> Result<Park, Error> {
         let letters = DeadLetters::open(&job.file)?;
-        let sources = &job.module.manifest.sources;
-        let mut streams = vec![HashSet::new(); sources.len()];
-        for (source, stream) in letters.parked_streams()? {
-            if let Some(i) = sources.iter().position(|s| s.source == source) {
-                streams[i].insert(stream.into_bytes().into());
-            }
-        }
-        Ok(Park { streams, counts: letters.counts()? })
+        let mut park = Park { streams: HashMap::new(), counts: letters.counts()? };
+        letters.parked_streams()?.into_iter().for_each(|(source, stream)| park.add(source, stream));
+        Ok(park)
     }
 
     /// True if no stream waits, so that nothing needs to be looked at.
     pub(super) fn is_empty(&self) -> bool {
-        self.streams.iter().all(HashSet::is_empty)
+        self.streams.is_empty()
     }
 
-    fn holds(&self, source: u16, stream: &[u8]) -> bool {
-        self.streams[usize::from(source)].contains(stream)
+    fn add(&mut self, source: String, stream: String) {
+        self.streams.entry(source).or_default().insert(stream.into_bytes().into());
+    }
+
+    fn of(&self, source: &str) -> Option<&HashSet<Box<[u8]>>> {
+        self.streams.get(source)
     }
 }
 
@@ -155,25 +154,23 @@ pub(super) fn cause(module: &str, failure: &Failure, details: Details) -> Cause 
 }
 
 /// An event by its position, which was read before.
-pub(super) fn event_at(log: &EventLog, source: &str, position: Position) -> Result<Event, Error> {
-    let mut found = None;
-    log.events(source, position.0.checked_sub(1).map(Position), 1, |event| found = Some(event))?;
-    found
-        .filter(|event| event.position == position)
-        .ok_or_else(|| Error::Record { source_name: source.to_owned(), position })
+pub(super) fn event_at(log: &EventLog, position: Position) -> Result<Event, Error> {
+    log.event(position)?.map(|(event, _)| event).ok_or(Error::Missing { position })
 }
 
 /// Events in the form of a batch, encoded as this plugin gets it.
 pub(super) fn encode(manifest: &Manifest, events: &[Event]) -> Vec<u8> {
-    let sources: Vec<Arc<str>> = manifest.sources.iter().map(|s| s.source.as_str().into()).collect();
-    let mut types: Vec<Arc<str>> = Vec::new();
+    let (mut sources, mut types): (Vec<Arc<str>>, Vec<Arc<str>>) = Default::default();
+    let index = |names: &mut Vec<Arc<str>>, name: &str| {
+        let known = names.iter().position(|known| **known == *name);
+        known.unwrap_or_else(|| {
+            names.push(name.into());
+            names.len() - 1
+        }) as u16
+    };
     let mut batch = Columns::new(manifest.batch);
     for Event { position, event } in events {
-        let source = sources.iter().position(|source| **source == *event.source).expect("it is subscribed to");
-        let event_type = types.iter().position(|t| **t == *event.event_type).unwrap_or_else(|| {
-            types.push(event.event_type.as_str().into());
-            types.len() - 1
-        });
+        let (source, event_type) = (index(&mut sources, &event.source), index(&mut types, &event.event_type));
         let raw = RawEvent {
             position: *position,
             time: event.time,
@@ -183,7 +180,7 @@ pub(super) fn encode(manifest: &Manifest, events: &[Event]) -> Vec<u8> {
             metadata: event.metadata.as_bytes(),
             payload: &event.payload,
         };
-        batch.push(source as u16, event_type as u16, raw);
+        batch.push(source, event_type, raw);
     }
     batch.encode(&sources, &types, manifest.batch)
 }
@@ -196,8 +193,12 @@ impl Session {
             return Ok(Vec::new());
         }
         let batch = &self.batch;
-        let parked = (0..batch.len()).filter(|&i| self.park.holds(batch.source(i), batch.get(i).stream));
-        let parked: Vec<usize> = parked.collect();
+        let waiting: Vec<_> = batch.sources.names.iter().map(|source| self.park.of(source)).collect();
+        let waits = |i: &usize| {
+            let streams = waiting[usize::from(batch.events.source(*i))];
+            streams.is_some_and(|streams| streams.contains(batch.events.get(*i).stream))
+        };
+        let parked: Vec<usize> = (0..batch.len()).filter(waits).collect();
         let room = max.saturating_sub(self.park.counts.all());
         if let Some(&first) = parked.get(usize::try_from(room).unwrap_or(usize::MAX)) {
             return Err(first);
@@ -207,16 +208,14 @@ impl Session {
 
     /// The name of event `i` of the batch. The batch has only what the plugin reads of an event.
     pub(super) fn event_name(&self, job: &Job, i: usize) -> Result<EventName, Error> {
-        let source = &self.merge.sources[usize::from(self.batch.source(i))];
-        event_at(&job.log, source, self.batch.position(i)).map(|event| event.name())
+        event_at(&job.log, self.batch.events.position(i)).map(|event| event.name())
     }
 
     /// Adds dead letters to what waits for the commit.
     pub(super) fn set_aside(&mut self, event: EventName, state: LetterState, cause: Option<Cause>) {
         *self.park.counts.of(state) += 1;
         if state == LetterState::Parked && !event.stream.is_empty() {
-            let source = self.merge.sources.iter().position(|source| **source == *event.source);
-            self.park.streams[source.expect("it was read from there")].insert(event.stream.as_bytes().into());
+            self.park.add(event.source.clone(), event.stream.clone());
         }
         self.letters.add.push((event, state, cause));
     }
@@ -224,14 +223,7 @@ impl Session {
     /// After a failure: everything before the batch is committed. The next batch is smaller, until the event that fails
     /// is alone and its instance fresh; then the policy says what becomes of it. `parked` are the indexes of events that
     /// were taken out of the batch, of which `read` were read.
-    pub(super) fn isolate(
-        &mut self,
-        job: &Job,
-        failure: Failure,
-        read: usize,
-        parked: &[usize],
-        runs: Vec<Run>,
-    ) -> Result<(), Error> {
+    pub(super) fn isolate(&mut self, job: &Job, failure: Failure, read: usize, parked: &[usize]) -> Result<(), Error> {
         let details = self.instance.as_mut().map(|instance| instance.details()).unwrap_or_default();
         self.instance = None;
         let first_bad = match failure {
@@ -245,8 +237,7 @@ impl Session {
                 Some(i) => Error::Event(Box::new(self.report(job, i, cause)?)),
                 None => Error::FirstBatch {
                     events: self.batch.len(),
-                    source_name: self.merge.sources[usize::from(self.batch.source(0))].to_string(),
-                    position: self.batch.position(0),
+                    position: self.batch.events.position(0),
                     reason: failure.to_string(),
                 },
             });
@@ -272,14 +263,13 @@ impl Session {
         tracing::warn!(%error, "{} it; going on", if state == LetterState::Parked { "parking" } else { "skipping" });
         self.set_aside(report.event, state, Some(report.cause));
         self.passed(1, job.limits.events);
-        self.applied = self.merge.done();
-        self.keep_runs(runs);
+        self.advance();
         self.read_streams(job)
     }
 
     /// Reads anew if it has changed whether streams have to be looked at.
     fn read_streams(&mut self, job: &Job) -> Result<(), Error> {
-        if self.batch.set() == columns(job, &self.park) { Ok(()) } else { self.read_anew(job) }
+        if self.batch.events.set() == columns(job, &self.park) { Ok(()) } else { self.read_anew(job) }
     }
 
     /// Loads the park after dead letters were removed and that is committed.
@@ -369,7 +359,7 @@ impl Session {
             {
                 continue;
             }
-            let event = event_at(&job.log, &letter.event.source, letter.event.position)?;
+            let event = event_at(&job.log, letter.event.position)?;
             bytes += event.event.payload.len() + event.event.metadata.len();
             events.push(event);
             letters.push(letter);
@@ -377,8 +367,7 @@ impl Session {
         if letters.is_empty() {
             return Ok(false);
         }
-        let EventName { source, position, .. } = &letters[0].event;
-        let task = Task::Applying { events: letters.len(), source: source.as_str().into(), position: *position };
+        let task = Task::Applying { events: letters.len(), position: letters[0].event.position };
         let failure = match self.apply_encoded(job, task, &encode(&job.module.manifest, &events)) {
             Ok(()) => {
                 retry.outcome.applied += letters.len() as u64;

@@ -9,14 +9,15 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::Error;
 use super::failure::{Outcome, Request, Treatment};
 use super::lifecycle::{Action, Building, Input, Live, ModuleId, State};
-use super::worker::{Command, Course, Fault, Job, Notice, Progress, Worker};
+use super::reached::Reached;
+use super::worker::{Before, Command, Fault, Job, Notice, Progress, Worker};
 use crate::config::{Config, Policy, limits};
 use crate::fault;
 use crate::log::EventLog;
 use crate::manifest::{Manifest, ViewSchema};
-use crate::model::{Checkpoint, FailureReport};
+use crate::model::FailureReport;
 use crate::plugin::{self, Engine, Module};
-use crate::view::{self, Catalogue, DeadLetters, GenerationRecord, Order, ProjectionRecord, Role, Selector};
+use crate::view::{self, Catalogue, DeadLetters, GenerationRecord, ProjectionRecord, Role, Selector};
 
 /// What all projections of a runtime share.
 pub struct Shared {
@@ -59,10 +60,8 @@ pub struct LiveView {
     pub generation: u64,
     /// The generation's SQLite file.
     pub file: PathBuf,
-    /// Names of the sources that feed it.
-    pub sources: Vec<String>,
-    /// Follows the checkpoint that is committed in the file.
-    pub checkpoint: watch::Receiver<Arc<Checkpoint>>,
+    /// To where its rows are complete.
+    pub reached: Reached,
 }
 
 /// A projection at a moment; what moves all the time is behind the channels.
@@ -87,8 +86,8 @@ pub struct SnapshotGeneration {
     pub record: GenerationRecord,
     /// How far it has come.
     pub progress: watch::Receiver<Arc<Progress>>,
-    /// Its checkpoint.
-    pub checkpoint: watch::Receiver<Arc<Checkpoint>>,
+    /// To where its rows are complete.
+    pub reached: Reached,
     /// The event at which it stands.
     pub fault: Option<Arc<FailureReport>>,
 }
@@ -217,7 +216,9 @@ struct Slot {
     record: GenerationRecord,
     worker: Option<Worker>,
     progress: Arc<watch::Sender<Arc<Progress>>>,
-    checkpoint: Arc<watch::Sender<Arc<Checkpoint>>>,
+    reached: Reached,
+    /// Its rows were made before the log had one order: readers have them until they are rebuilt, and nobody follows.
+    former: bool,
     /// The event at which its last worker has ended.
     fault: Option<Arc<FailureReport>>,
 }
@@ -225,15 +226,17 @@ struct Slot {
 impl Slot {
     fn new(record: GenerationRecord) -> Slot {
         // A file that is not there yet has no checkpoint; one that cannot be read shows when it is opened for writing.
-        let stored = record.file.exists().then(|| Order::open(&record.file).and_then(|order| order.checkpoint()));
-        let checkpoint = stored.and_then(Result::ok).unwrap_or_default();
+        let stored = record.file.exists().then(|| view::mark(&record.file));
+        let former = matches!(stored, Some(Err(view::Error::Former { .. })));
+        let checkpoint = stored.and_then(Result::ok).flatten().map(|mark| mark.position);
         let stored = record.file.exists().then(|| DeadLetters::open(&record.file).and_then(|letters| letters.counts()));
         let dead_letters = stored.and_then(Result::ok).unwrap_or_default();
         Slot {
             record,
             worker: None,
             progress: Arc::new(watch::Sender::new(Arc::new(Progress { dead_letters, ..Progress::default() }))),
-            checkpoint: Arc::new(watch::Sender::new(Arc::new(checkpoint))),
+            reached: Reached::new(checkpoint),
+            former,
             fault: None,
         }
     }
@@ -252,7 +255,7 @@ impl Slot {
         SnapshotGeneration {
             record: self.record.clone(),
             progress: self.progress.subscribe(),
-            checkpoint: self.checkpoint.subscribe(),
+            reached: self.reached.clone(),
             fault: self.fault.clone(),
         }
     }
@@ -353,7 +356,13 @@ impl Running {
             self.modules.insert(module.hash.clone(), *module);
             id
         });
+        let runs = wanted.is_some();
         self.happened(Input::Wanted(wanted)).await;
+        // Rows of the former kind are followed by nobody; what runs is the build that takes their place.
+        let former = self.live.as_ref().is_some_and(|live| live.former);
+        if runs && former && matches!(self.state.building, Building::None) {
+            self.happened(Input::Rebuild).await;
+        }
     }
 
     async fn rebuild(&mut self) -> Result<u64, String> {
@@ -592,7 +601,7 @@ impl Running {
                 self.live = Some(self.create(Role::Live, &id.hash, &module).await?);
             }
             Action::StartLive(id) => {
-                self.follow(Role::Live, &id, Course::Log).await?;
+                self.follow(Role::Live, &id).await?;
                 tracing::info!(projection = self.name, module = short(&id.hash), "following the log");
             }
             Action::StopLive => {
@@ -627,8 +636,7 @@ impl Running {
                     let module = self.module(&id).await?;
                     self.building = Some(self.create(Role::Building, &id.hash, &module).await?);
                 }
-                let live = self.live.as_ref().expect("there is a live one before one is built").record.file.clone();
-                self.follow(Role::Building, &id, Course::Generation(live)).await?;
+                self.follow(Role::Building, &id).await?;
             }
             Action::Revive => {
                 if self.building.is_none() {
@@ -660,9 +668,9 @@ impl Running {
                 }
             }
             Action::Finish => {
-                let target = self.live.as_ref().expect("it has stopped").checkpoint.borrow().clone();
+                let target = self.live.as_ref().expect("it has stopped").reached.now();
                 let building = self.building.as_ref().and_then(|b| b.worker.as_ref()).expect("it runs");
-                building.tell(Command::Finish((*target).clone()));
+                building.tell(Command::Finish(target));
             }
             Action::Promote => self.promote().await?,
             Action::Refuse(hash, reason) => {
@@ -731,20 +739,26 @@ impl Running {
     }
 
     /// Starts a worker for a generation.
-    async fn follow(&mut self, role: Role, id: &ModuleId, course: Course) -> Result<(), Error> {
+    async fn follow(&mut self, role: Role, id: &ModuleId) -> Result<(), Error> {
         let module = self.module(id).await?;
+        let before = |live: &Slot| Before { file: live.record.file.clone(), reached: live.reached.clone() };
+        let live =
+            (role == Role::Building).then(|| before(self.live.as_ref().expect("one is live before one is built")));
         self.workers += 1;
         let slot = if role == Role::Live { &mut self.live } else { &mut self.building };
         let slot = slot.as_mut().expect("it was created");
         slot.fault = None;
+        if slot.former {
+            return Ok(());
+        }
         slot.worker = Some(Worker::start(Job {
             module,
             file: slot.record.file.clone(),
-            course,
+            live,
             log: self.shared.log.clone(),
             limits: self.shared.config.batch,
             progress: slot.progress.clone(),
-            checkpoint: slot.checkpoint.clone(),
+            reached: slot.reached.clone(),
             notices: self.notices.clone(),
             id: self.workers,
             proving: role == Role::Live && matches!(self.state.live, Live::Proving { .. }),
@@ -816,8 +830,7 @@ impl Running {
                     projection: self.name.clone(),
                     generation: number,
                     file: live.record.file.clone(),
-                    sources: live.record.manifest.sources.iter().map(|s| s.source.clone()).collect(),
-                    checkpoint: live.checkpoint.subscribe(),
+                    reached: live.reached.clone(),
                 },
             );
         }

@@ -2,13 +2,14 @@
 //!
 //! [`Manager`] runs one projection. It keeps a [`lifecycle`] (a pure state machine that says what to do), and a worker
 //! (`worker.rs`) for each generation that is being followed: the loop read, apply, commit. What it holds meanwhile is a
-//! session (`session.rs`, and `failure.rs` for events that cannot be applied); it reads through a merge (`merge.rs`),
-//! which puts the events of several sources into one order. [`Stalls`] notices who has lag and does not move.
+//! session (`session.rs`, and `failure.rs` for events that cannot be applied); a cursor (`cursor.rs`) takes the events that
+//! are wanted. [`Reached`] says to readers how far a generation is, and [`Stalls`] notices who has lag and does not move.
 
+mod cursor;
 mod failure;
 pub mod lifecycle;
 mod manager;
-mod merge;
+mod reached;
 mod replay;
 mod session;
 mod shadow;
@@ -17,6 +18,7 @@ mod worker;
 
 pub use failure::{Outcome, Refusal, Treatment};
 pub use manager::{LiveView, Manager, Shared, Snapshot, SnapshotGeneration, at_rest, module_id};
+pub use reached::Reached;
 pub use replay::{Replay, replay};
 pub use session::check_file;
 pub use shadow::{Applied, Fold, Shadow};
@@ -42,7 +44,7 @@ pub enum Error {
     Plugin(#[from] plugin::Error),
     /// The plugin could not apply this event. Everything before it is committed.
     #[error(
-        "event {id:?} ({event_type}) at position {position} of source {source_name:?} could not be applied: {reason}",
+        "event {id:?} ({event_type}) of source {source_name:?} at position {position} could not be applied: {reason}",
         id = _0.event.id,
         event_type = _0.event.event_type,
         position = _0.event.position,
@@ -52,7 +54,7 @@ pub enum Error {
     Event(Box<FailureReport>),
     /// An event would have to be set aside, and there is no room. Everything before it is committed.
     #[error(
-        "event {id:?} ({event_type}) at position {position} of source {source_name:?} would be set aside, but there are \
+        "event {id:?} ({event_type}) of source {source_name:?} at position {position} would be set aside, but there are \
          {max} dead letters already, as many as failures.max_dead_letters allows; retry or discard some",
         id = event.id,
         event_type = event.event_type,
@@ -67,12 +69,10 @@ pub enum Error {
     },
     /// A module that was to take over failed before a batch of it was committed. Which of the events it was is not
     /// looked for: nothing of the module is kept.
-    #[error("its first batch failed, {events} events from position {position} of source {source_name:?} on: {reason}")]
+    #[error("its first batch failed, {events} events from position {position} on: {reason}")]
     FirstBatch {
         /// How many events were in the batch.
         events: usize,
-        /// The first event's source.
-        source_name: String,
         /// The first event's position.
         position: Position,
         /// What the plugin said, or how it failed.
@@ -80,14 +80,12 @@ pub enum Error {
     },
     /// The log does not have the events that the view was built from.
     #[error(
-        "the log is not the one that {file:?} was built from: the view is complete to position {position} of source \
-         {source_name:?}, where log {expected} had event {fingerprint:016x}; {found}; restore that log, or rebuild the projection"
+        "the log is not the one that {file:?} was built from: the view is complete to position {position}, \
+         where log {expected} had event {fingerprint:016x}; {found}; restore that log, or rebuild the projection"
     )]
     LogReplaced {
         /// The generation's file.
         file: PathBuf,
-        /// The source.
-        source_name: String,
         /// The checkpoint in it.
         position: Position,
         /// The identity of the log that the view knows.
@@ -97,17 +95,12 @@ pub enum Error {
         /// What the log here has instead.
         found: String,
     },
-    /// The merge record of a generation names events that are not there.
-    #[error("the log ends before position {position} of source {source_name:?}, which the live generation has applied")]
-    Record {
-        /// The source.
-        source_name: String,
-        /// The position that is missing.
+    /// The log does not have an event that it had.
+    #[error("the log has no event at position {position} any more; restore it from a copy")]
+    Missing {
+        /// Where.
         position: Position,
     },
-    /// A projection takes more event types than a batch can number.
-    #[error("a projection cannot take more than 65,536 event types")]
-    Types,
     /// A batch could not be handed over for a reason of the host's.
     #[error("{0}")]
     Host(String),

@@ -37,7 +37,7 @@ pub fn replay(
     generation: &GenerationRecord,
     letter: &DeadLetter,
 ) -> Result<Replay, Error> {
-    let event = event_at(log, &letter.event.source, letter.event.position)?;
+    let event = event_at(log, letter.event.position)?;
     let bytes = plugin::read(&data.join("modules").join(format!("{}.wasm", generation.module)))?;
     let module = Engine::new(Some(&data.join("cache")), sandbox)?.admit(&bytes)?;
     let tables: Arc<[Table]> = generation.manifest.views.iter().map(Table::new).collect();

@@ -6,16 +6,16 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::Error;
+use super::cursor::{Batch, Cursor, Done, Step};
 use super::failure::Park;
-use super::merge::{Merge, Step, checkpoint, done};
 use super::shadow::Selection;
-use super::worker::{Course, Job, Task};
+use super::worker::{Job, Task};
 use crate::config::{BatchLimits, limits};
-use crate::log::EventLog;
-use crate::model::{BatchColumn, Checkpoint, ColumnSet, Columns, Position, Time};
+use crate::log::{EventLog, Following};
+use crate::model::{BatchColumn, ColumnSet, Position, Time};
 use crate::plugin::{Failure, Instance, RowError, Rows};
 use crate::view::{
-    self, Changes, Commit, CommittedRows, Committer, Generation, LetterChanges, LetterState, Mark, Run, Table,
+    self, Changes, Commit, CommittedRows, Committer, Generation, LetterChanges, LetterState, Mark, Table,
 };
 
 /// What a plugin reads from: changes that wait for their commit, those that are being committed, what is committed.
@@ -66,27 +66,25 @@ impl Rate {
     }
 }
 
-pub(super) type Done = Vec<Option<(Position, Time)>>;
-
 /// What one opening of the files holds, until an error makes it void.
 pub(super) struct Session {
     state: Arc<Mutex<State>>,
     committer: Committer,
     tables: Arc<[Table]>,
-    pub(super) merge: Merge,
-    /// The generation whose course is followed was built from another log.
-    pub(super) foreign: bool,
+    cursor: Cursor,
+    /// Hears of new events, and tells others how far this is.
+    pub(super) following: Following,
     pub(super) instance: Option<Instance>,
     /// Whether the last batch was the first one of its instance.
     pub(super) was_fresh: bool,
-    pub(super) batch: Columns,
-    /// In which order the sources were taken since the last commit began.
-    runs: Vec<Run>,
-    /// Where each source stands after the last apply: the pending changes are complete to here.
+    pub(super) batch: Batch,
+    /// How far the last apply went: the pending changes are complete to here.
     pub(super) applied: Done,
     /// To where the commit that began last is complete, and whether events are in it.
-    committing: Option<(Done, bool)>,
-    pub(super) committed: Done,
+    committing: Option<(Done, Time, bool)>,
+    committed: Done,
+    /// When the event at the committed checkpoint was appended.
+    pub(super) appended: Option<Time>,
     last_commit: Instant,
     /// Whether events, not only positions, wait for the commit.
     pub(super) has_applied: bool,
@@ -111,12 +109,15 @@ impl Session {
     pub(super) fn open(job: &Job) -> Result<Session, Error> {
         let generation = Generation::open(&job.file, &job.module.manifest)?;
         let tables = generation.tables().clone();
-        let done = done(&job.module.manifest, generation.marks());
+        let mark = generation.mark().cloned();
+        if let Some(mark) = &mark {
+            check_mark(&job.log, &job.file, mark)?;
+        }
+        let done = Done { position: mark.as_ref().map(|mark| mark.position), taken: 0 };
         let park = Park::load(job)?;
         let columns = columns(job, &park);
-        let mut merge = Merge::new(&job.log, &job.module.manifest, &done, columns);
-        check_log(&job.log, &job.file, generation.marks())?;
-        let foreign = follow(job, &mut merge)?;
+        let cursor = Cursor::new(&job.log, &job.module.manifest, done, columns);
+        let following = job.log.follow(&job.module.manifest, done.position)?;
         let committed = generation.rows()?;
         Ok(Session {
             state: Arc::new(Mutex::new(State {
@@ -127,15 +128,15 @@ impl Session {
             })),
             committer: Committer::new(generation),
             tables,
-            merge,
-            foreign,
+            cursor,
+            following,
             instance: None,
             was_fresh: true,
-            batch: Columns::new(columns),
-            runs: Vec::new(),
-            applied: done.clone(),
+            batch: Batch::new(columns),
+            applied: done,
             committing: None,
             committed: done,
+            appended: mark.map(|mark| mark.appended),
             last_commit: Instant::now(),
             has_applied: false,
             park,
@@ -172,9 +173,8 @@ impl Session {
     }
 
     /// The event of the last batch, if it was one.
-    pub(super) fn only_event(&self) -> Option<(Arc<str>, Position)> {
-        let source = || self.merge.sources[usize::from(self.batch.source(0))].clone();
-        (self.batch.len() == 1).then(|| (source(), self.batch.position(0)))
+    pub(super) fn only_event(&self) -> Option<Position> {
+        (self.batch.len() == 1).then(|| self.batch.events.position(0))
     }
 
     fn state(&self) -> std::sync::MutexGuard<'_, State> {
@@ -182,13 +182,21 @@ impl Session {
     }
 
     /// The committed one.
-    pub(super) fn checkpoint(&self) -> Checkpoint {
-        checkpoint(&self.merge.sources, &self.committed)
+    pub(super) fn checkpoint(&self) -> Option<Position> {
+        self.committed.position
     }
 
-    /// True if something waits for a commit that has not begun.
+    /// To where the committed rows are complete: beyond the checkpoint, if nothing that is wanted comes after it.
+    pub(super) fn complete(&self) -> Option<Position> {
+        if self.applied.taken == self.committed.taken { self.applied.position } else { self.committed.position }
+    }
+
+    /// True if something waits for a commit that has not begun: rows, or so long a way without any that it should not be
+    /// gone again.
     pub(super) fn has_uncommitted(&self) -> bool {
-        self.applied != *self.committing.as_ref().map_or(&self.committed, |(done, _)| done)
+        let begun = self.committing.as_ref().map_or(self.committed, |(done, ..)| *done);
+        let passed = |done: Done| done.position.map_or(0, |p| p.0 + 1);
+        self.applied.taken != begun.taken || passed(self.applied) - passed(begun) >= limits::PASSED_EVENTS
     }
 
     pub(super) fn is_committing(&self) -> bool {
@@ -199,7 +207,6 @@ impl Session {
         let state = self.state();
         state.pending.rows() >= limits.commit_rows
             || state.pending.bytes() >= limits.commit_bytes
-            || self.runs.len() >= limits.commit_rows
             || (self.has_uncommitted() && self.last_commit.elapsed() >= limits.commit_interval)
     }
 
@@ -208,7 +215,7 @@ impl Session {
     pub(super) fn relax(&mut self) {
         if std::mem::take(&mut self.largest) > limits::SMALL_BATCH {
             self.instance = None;
-            self.batch = Columns::new(self.batch.set());
+            self.batch = Batch::new(self.batch.events.set());
             self.state().committed.shrink();
         }
     }
@@ -218,9 +225,7 @@ impl Session {
     pub(super) fn step(&mut self, job: &Job) -> Result<Step, Error> {
         self.batch.clear();
         let limits = BatchLimits { events: self.size, ..job.limits };
-        let mut runs = Vec::new();
-        let step = self.merge.next(&limits, &mut self.batch, &mut runs)?;
-        self.foreign |= self.merge.has_lost_its_guide();
+        let step = self.cursor.next(&limits, &mut self.batch)?;
         let read = self.batch.len();
         if read > 0 {
             let parked = match self.take_parked(job.max_dead_letters) {
@@ -230,17 +235,17 @@ impl Session {
             let waiting = parked.iter().map(|&i| self.event_name(job, i)).collect::<Result<Vec<_>, _>>()?;
             let left_out = match &self.selection {
                 Some(selection) => {
-                    let takes = |&i: &usize| selection.takes(self.batch.source(i), self.batch.position(i));
+                    let takes = |&i: &usize| selection.takes(self.batch.events.position(i));
                     (0..read).filter(|i| !takes(i)).collect()
                 }
                 None => parked,
             };
             if !left_out.is_empty() {
-                self.batch.retain(|i| left_out.binary_search(&i).is_err());
+                self.batch.events.retain(|i| left_out.binary_search(&i).is_err());
             }
             if !self.batch.is_empty() {
                 if let Err(failure) = self.apply(job) {
-                    return self.isolate(job, failure, read, &left_out, runs).map(|()| Step::More);
+                    return self.isolate(job, failure, read, &left_out).map(|()| Step::More);
                 }
                 self.has_applied = true;
                 self.events += self.batch.len() as u64;
@@ -248,18 +253,13 @@ impl Session {
             waiting.into_iter().for_each(|event| self.set_aside(event, LetterState::Parked, None));
             self.passed(read, job.limits.events);
         }
-        self.applied = self.merge.done();
-        self.keep_runs(runs);
+        self.applied = self.cursor.done();
         Ok(step)
     }
 
     fn apply(&mut self, job: &Job) -> Result<(), Failure> {
-        let encoded = self.batch.encode(&self.merge.sources, self.merge.types(), job.module.manifest.batch);
-        let task = Task::Applying {
-            events: self.batch.len(),
-            source: self.merge.sources[usize::from(self.batch.source(0))].clone(),
-            position: self.batch.position(0),
-        };
+        let encoded = self.batch.encode(job.module.manifest.batch);
+        let task = Task::Applying { events: self.batch.len(), position: self.batch.events.position(0) };
         self.apply_encoded(job, task, &encoded)
     }
 
@@ -299,12 +299,6 @@ impl Session {
         self.size = if self.suspect > 0 { (self.suspect / 2).max(1) } else { (self.size * 2).min(most) };
     }
 
-    pub(super) fn keep_runs(&mut self, runs: Vec<Run>) {
-        if self.merge.sources.len() > 1 {
-            self.runs.extend(runs);
-        }
-    }
-
     /// Goes back to what is applied, to read the next `suspect` events in batches of at most `size` at first.
     pub(super) fn rewind(&mut self, job: &Job, suspect: usize, size: usize) -> Result<(), Error> {
         self.suspect = suspect;
@@ -315,10 +309,14 @@ impl Session {
     /// Reads from what is applied on: what the plugin reads, and the streams while some are parked.
     pub(super) fn read_anew(&mut self, job: &Job) -> Result<(), Error> {
         let columns = columns(job, &self.park);
-        self.batch = Columns::new(columns);
-        self.merge = Merge::new(&job.log, &job.module.manifest, &self.applied, columns);
-        self.foreign = follow(job, &mut self.merge)?;
+        self.batch = Batch::new(columns);
+        self.cursor = Cursor::new(&job.log, &job.module.manifest, self.applied, columns);
         Ok(())
+    }
+
+    /// Everything read so far is dealt with.
+    pub(super) fn advance(&mut self) {
+        self.applied = self.cursor.done();
     }
 
     /// Begins a commit if `due`; if `wait`, all have ended. Answers, of those that have, whether events were in one.
@@ -336,26 +334,21 @@ impl Session {
     /// Begins to commit what was applied. The commit before must have ended. `rests`: nothing follows for now. An error
     /// makes the session void.
     pub(super) fn begin_commit(&mut self, job: &Job, rests: bool) -> Result<(), Error> {
-        let mut marks = Vec::new();
-        for (i, applied) in self.applied.iter().enumerate() {
-            let Some((position, time)) = applied.filter(|_| *applied != self.committed[i]) else { continue };
-            let source = self.merge.sources[i].clone();
-            let Some((fingerprint, _)) = job.log.fingerprint(&source, position)? else {
-                return Err(Error::Record { source_name: source.to_string(), position });
-            };
-            marks.push((source, Mark { position, time, fingerprint, log: job.log.identity().to_owned() }));
-        }
+        let mark = match self.applied.position {
+            None => None,
+            Some(position) => Some(mark(&job.log, position)?),
+        };
         let changes = {
             let mut state = self.state();
             let changes = Arc::new(std::mem::take(&mut state.pending));
             state.committing = Some(changes.clone());
             changes
         };
-        let runs = std::mem::take(&mut self.runs);
         let letters = std::mem::take(&mut self.letters);
-        self.committing = Some((self.applied.clone(), std::mem::take(&mut self.has_applied)));
+        let appended = mark.as_ref().map_or(Time::EPOCH, |mark| mark.appended);
+        self.committing = Some((self.applied, appended, std::mem::take(&mut self.has_applied)));
         self.last_commit = Instant::now();
-        self.committer.begin(Commit { marks, changes, runs, module: job.module.hash.clone(), letters, rests });
+        self.committer.begin(Commit { mark, changes, module: job.module.hash.clone(), letters, rests });
         Ok(())
     }
 
@@ -366,8 +359,11 @@ impl Session {
             return Ok(None);
         }
         self.state().committing = None;
-        let (done, had_applied) = self.committing.take().expect("it was begun");
+        let (done, appended, had_applied) = self.committing.take().expect("it was begun");
+        let taken = done.taken - self.committed.taken;
         self.committed = done;
+        self.following.took(taken, self.complete());
+        self.appended = done.position.map(|_| appended);
         Ok(Some(had_applied))
     }
 }
@@ -378,19 +374,10 @@ pub(super) fn columns(job: &Job, park: &Park) -> ColumnSet {
     if park.is_empty() { batch } else { batch.union(ColumnSet::from_iter([BatchColumn::Streams])) }
 }
 
-/// Takes the order of the live generation, if that is what the job says. Answers true if that order is of no use: the
-/// generation was built from another log, or cannot be read. A rebuild is what gets its projection going again then.
-fn follow(job: &Job, merge: &mut Merge) -> Result<bool, Error> {
-    let Course::Generation(live) = &job.course else { return Ok(false) };
-    let marks = view::Order::open(live).and_then(|order| order.marks());
-    match marks.map_err(Error::from).and_then(|marks| check_log(&job.log, live, &marks)) {
-        Ok(()) => merge.follow(live).map(|()| false),
-        Err(error @ (Error::LogReplaced { .. } | Error::View(_))) => {
-            tracing::warn!(%error, "rebuilding without regard to the live generation");
-            Ok(true)
-        }
-        Err(error) => Err(error),
-    }
+/// What a commit that is complete to a position keeps of the event there.
+pub(super) fn mark(log: &EventLog, position: Position) -> Result<Mark, Error> {
+    let Some((fingerprint, appended)) = log.fingerprint(position)? else { return Err(Error::Missing { position }) };
+    Ok(Mark { position, appended, fingerprint, log: log.identity().to_owned() })
 }
 
 /// Refuses a generation that was built from another log than this one.
@@ -399,29 +386,25 @@ fn follow(job: &Job, merge: &mut Merge) -> Result<bool, Error> {
 ///
 /// [`Error::LogReplaced`] with both facts, or what cannot be read.
 pub fn check_file(log: &EventLog, file: &Path) -> Result<(), Error> {
-    check_log(log, file, &view::Order::open(file)?.marks()?)
+    view::mark(file)?.map_or(Ok(()), |mark| check_mark(log, file, &mark))
 }
 
 /// A log that was replaced or rolled back is refused with both facts, never followed.
-fn check_log(log: &EventLog, file: &Path, marks: &[(Arc<str>, Mark)]) -> Result<(), Error> {
+fn check_mark(log: &EventLog, file: &Path, mark: &Mark) -> Result<(), Error> {
     let identity = log.identity();
-    for (source, mark) in marks {
-        let here = log.fingerprint(source, mark.position)?;
-        if mark.log == identity && here.is_some_and(|(fingerprint, _)| fingerprint == mark.fingerprint) {
-            continue;
-        }
-        let found = match here {
-            Some((fingerprint, _)) => format!("log {identity} has event {fingerprint:016x} there"),
-            None => format!("log {identity} has no event there"),
-        };
-        return Err(Error::LogReplaced {
-            file: file.to_owned(),
-            source_name: source.to_string(),
-            position: mark.position,
-            expected: mark.log.clone(),
-            fingerprint: mark.fingerprint,
-            found,
-        });
+    let here = log.fingerprint(mark.position)?;
+    if mark.log == identity && here.is_some_and(|(fingerprint, _)| fingerprint == mark.fingerprint) {
+        return Ok(());
     }
-    Ok(())
+    let found = match here {
+        Some((fingerprint, _)) => format!("log {identity} has event {fingerprint:016x} there"),
+        None => format!("log {identity} has no event there"),
+    };
+    Err(Error::LogReplaced {
+        file: file.to_owned(),
+        position: mark.position,
+        expected: mark.log.clone(),
+        fingerprint: mark.fingerprint,
+        found,
+    })
 }

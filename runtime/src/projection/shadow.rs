@@ -8,14 +8,15 @@ use std::sync::Arc;
 use tokio::sync::{mpsc, watch};
 
 use super::Error;
-use super::merge::Step;
-use super::session::Session;
-use super::worker::{Course, Job};
+use super::cursor::Step;
+use super::reached::Reached;
+use super::session::{Session, mark};
+use super::worker::Job;
 use crate::config::{BatchLimits, Policy};
 use crate::log::EventLog;
-use crate::model::{Checkpoint, Position};
+use crate::model::Position;
 use crate::plugin::Module;
-use crate::view::{Commit, Generation, LetterChanges, Mark};
+use crate::view::{Commit, Generation, LetterChanges};
 
 /// Which events are folded by which module.
 #[derive(Clone)]
@@ -26,26 +27,23 @@ pub struct Fold<'a> {
     pub log: &'a EventLog,
     /// Batches and commits.
     pub limits: BatchLimits,
-    /// A file with the order in which the sources are taken, if the module has the same ones; else they are merged.
-    pub order: Option<&'a Path>,
-    /// Events up to here are left out; empty for none.
-    pub after: &'a Checkpoint,
-    /// Events after this are left out; so are sources that are not in it.
-    pub until: &'a Checkpoint,
+    /// Events up to here are left out; None for none.
+    pub after: Option<Position>,
+    /// Events after this are left out; None for all.
+    pub until: Option<Position>,
     /// These, too.
-    pub without: &'a HashSet<(String, Position)>,
+    pub without: &'a HashSet<Position>,
 }
 
 /// Which of the events that are read a session applies; the others are passed over.
 pub(super) struct Selection {
-    /// By source.
-    until: Vec<Option<Position>>,
-    without: HashSet<(u16, Position)>,
+    until: Option<Position>,
+    without: HashSet<Position>,
 }
 
 impl Selection {
-    pub(super) fn takes(&self, source: u16, position: Position) -> bool {
-        Some(position) <= self.until[usize::from(source)] && !self.without.contains(&(source, position))
+    pub(super) fn takes(&self, position: Position) -> bool {
+        Some(position) <= self.until && !self.without.contains(&position)
     }
 }
 
@@ -53,8 +51,8 @@ impl Selection {
 pub struct Shadow {
     job: Job,
     session: Session,
-    after: Vec<Option<Position>>,
-    until: Vec<Option<Position>>,
+    after: Option<Position>,
+    until: Option<Position>,
     memory: usize,
 }
 
@@ -64,23 +62,15 @@ impl Shadow {
         let manifest = &fold.module.manifest;
         Generation::create(&file, manifest)?;
         begin_after(fold, &file)?;
-        let by_source = |checkpoint: &Checkpoint| -> Vec<_> {
-            manifest.sources.iter().map(|s| checkpoint.get(&s.source)).collect()
-        };
-        let (after, until) = (by_source(fold.after), by_source(fold.until));
-        let without = fold.without.iter().filter_map(|(source, position)| {
-            let index = manifest.sources.iter().position(|s| s.source == *source)?;
-            Some((index as u16, *position))
-        });
         let job = Job {
             module: fold.module.clone(),
             file,
-            course: fold.order.map_or(Course::Log, |file| Course::Generation(file.to_owned())),
+            live: None,
             log: fold.log.clone(),
             limits: fold.limits,
             // Nobody listens: whoever drives it asks.
             progress: Arc::new(watch::Sender::new(Arc::default())),
-            checkpoint: Arc::new(watch::Sender::new(Arc::default())),
+            reached: Reached::new(fold.after),
             notices: mpsc::unbounded_channel().0,
             id: 0,
             proving: false,
@@ -89,8 +79,8 @@ impl Shadow {
             max_dead_letters: 0,
         };
         let mut session = Session::open(&job)?;
-        session.selection = Some(Selection { until: until.clone(), without: without.collect() });
-        Ok(Shadow { job, session, after, until, memory: 0 })
+        session.selection = Some(Selection { until: fold.until, without: fold.without.clone() });
+        Ok(Shadow { job, session, after: fold.after, until: fold.until, memory: 0 })
     }
 
     /// Applies the next events, at most so many in one batch, and shows them before anything is committed. False once
@@ -105,8 +95,7 @@ impl Shadow {
         let step = self.session.step(&self.job)?;
         see(&Applied(&self.session));
         self.memory = self.memory.max(self.session.memory());
-        let passed = |(done, until): (&Option<(Position, _)>, &Option<Position>)| done.map(|(p, _)| p) >= *until;
-        let ended = step != Step::More || self.session.applied.iter().zip(&self.until).all(passed);
+        let ended = step != Step::More || self.session.applied.position >= self.until;
         let due = self.session.should_commit(&self.job.limits) || (ended && self.session.has_uncommitted());
         if due || self.session.is_committing() {
             self.session.commit(&self.job, due, ended)?;
@@ -120,7 +109,7 @@ impl Shadow {
     }
 
     /// The committed checkpoint.
-    pub fn checkpoint(&self) -> Checkpoint {
+    pub fn checkpoint(&self) -> Option<Position> {
         self.session.checkpoint()
     }
 
@@ -137,13 +126,8 @@ impl Shadow {
     /// Positions that are done and to be done, for a progress bar.
     pub fn progress(&self) -> (u64, u64) {
         let count = |p: Option<Position>| p.map_or(0, |p| p.0 + 1);
-        let (mut done, mut all) = (0, 0);
-        for ((after, until), applied) in self.after.iter().zip(&self.until).zip(&self.session.applied) {
-            let (begin, end) = (count(*after), count(*until));
-            all += end.saturating_sub(begin);
-            done += count(applied.map(|(p, _)| p)).clamp(begin, end.max(begin)) - begin;
-        }
-        (done, all)
+        let (begin, end) = (count(self.after), count(self.until));
+        (count(self.session.applied.position).clamp(begin, end.max(begin)) - begin, end.saturating_sub(begin))
     }
 }
 
@@ -156,27 +140,17 @@ impl Applied<'_> {
         self.0.pending(view, key)
     }
 
-    /// The event of the batch by its source and position, if it was one.
-    pub fn event(&self) -> Option<(Arc<str>, Position)> {
+    /// The position of the batch's event, if it was one.
+    pub fn event(&self) -> Option<Position> {
         self.0.only_event()
     }
 }
 
 /// Enters where to begin as the checkpoint of the empty file, so that the session goes on from there.
 fn begin_after(fold: &Fold<'_>, file: &Path) -> Result<(), Error> {
-    let mut marks = Vec::new();
-    for (source, position) in fold.after.iter().filter(|(s, _)| fold.module.manifest.subscription(s).is_some()) {
-        let Some((fingerprint, time)) = fold.log.fingerprint(source, position)? else {
-            return Err(Error::Record { source_name: source.to_owned(), position });
-        };
-        let log = fold.log.identity().to_owned();
-        marks.push((Arc::from(source), Mark { position, time, fingerprint, log }));
-    }
-    if marks.is_empty() {
-        return Ok(());
-    }
+    let Some(position) = fold.after else { return Ok(()) };
+    let mark = Some(mark(fold.log, position)?);
     let module = fold.module.hash.clone();
-    let (changes, letters) = (Arc::default(), LetterChanges::default());
-    let commit = Commit { marks, changes, runs: Vec::new(), module, letters, rests: false };
+    let commit = Commit { mark, changes: Arc::default(), module, letters: LetterChanges::default(), rests: false };
     Ok(Generation::open(file, &fold.module.manifest)?.commit(&commit)?)
 }

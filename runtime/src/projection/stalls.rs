@@ -3,10 +3,9 @@
 //! By positions alone: a worker that hangs cannot be asked, and one that sleeps through new events says that it is well.
 
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::model::Checkpoint;
+use crate::model::Position;
 
 /// What was seen of generations at the last looks, by projection and number.
 #[derive(Default)]
@@ -15,8 +14,9 @@ pub struct Stalls {
 }
 
 struct Seen {
-    /// None while it has nothing to do.
-    checkpoint: Option<Arc<Checkpoint>>,
+    /// Whether it has something to do.
+    behind: bool,
+    checkpoint: Option<Position>,
     /// Since when there has been something to do, and the checkpoint has not moved.
     since: Instant,
     looked: Instant,
@@ -24,12 +24,11 @@ struct Seen {
 
 impl Stalls {
     /// Looks at a generation, which has stood at `checkpoint` at `now`, and has something to do if `behind`.
-    pub fn look(&mut self, generation: (&str, u64), behind: bool, checkpoint: &Arc<Checkpoint>, now: Instant) {
-        let checkpoint = behind.then(|| checkpoint.clone());
+    pub fn look(&mut self, generation: (&str, u64), behind: bool, checkpoint: Option<Position>, now: Instant) {
         let key = (generation.0.to_owned(), generation.1);
-        let seen = self.seen.entry(key).or_insert(Seen { checkpoint: None, since: now, looked: now });
-        if seen.checkpoint != checkpoint {
-            (seen.checkpoint, seen.since) = (checkpoint, now);
+        let seen = self.seen.entry(key).or_insert(Seen { behind, checkpoint, since: now, looked: now });
+        if (seen.behind, seen.checkpoint) != (behind, checkpoint) {
+            (seen.behind, seen.checkpoint, seen.since) = (behind, checkpoint, now);
         }
         seen.looked = now;
     }
@@ -40,9 +39,9 @@ impl Stalls {
     }
 
     /// For how long a generation that still stands at `checkpoint` has had something to do without doing it.
-    pub fn quiet(&self, generation: (&str, u64), checkpoint: &Checkpoint, now: Instant) -> Duration {
+    pub fn quiet(&self, generation: (&str, u64), checkpoint: Option<Position>, now: Instant) -> Duration {
         let seen = self.seen.get(&(generation.0.to_owned(), generation.1));
-        let seen = seen.filter(|seen| seen.checkpoint.as_deref() == Some(checkpoint));
+        let seen = seen.filter(|seen| seen.behind && seen.checkpoint == checkpoint);
         seen.map_or(Duration::ZERO, |seen| now.saturating_duration_since(seen.since))
     }
 }
@@ -50,13 +49,12 @@ impl Stalls {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::Position;
 
     #[test]
     fn what_counts_is_the_time_with_lag_and_without_progress() {
         let begin = Instant::now();
         let at = |seconds| begin + Duration::from_secs(seconds);
-        let checkpoint = |position| Arc::new([("s", Position(position))].into_iter().collect::<Checkpoint>());
+        let checkpoint = |position| Some(Position(position));
         let mut stalls = Stalls::default();
         for (second, behind, position, expected) in [
             // At the head for a long time is no stall; the time counts from when there was something to do.
@@ -69,13 +67,13 @@ mod tests {
             (130, true, 2, 19),
             (131, false, 3, 0),
         ] {
-            stalls.look(("p", 1), behind, &checkpoint(position), at(second));
-            assert_eq!(stalls.quiet(("p", 1), &checkpoint(position), at(second)).as_secs(), expected, "{second}");
+            stalls.look(("p", 1), behind, checkpoint(position), at(second));
+            assert_eq!(stalls.quiet(("p", 1), checkpoint(position), at(second)).as_secs(), expected, "{second}");
         }
-        stalls.look(("p", 1), true, &checkpoint(3), at(140));
-        assert_eq!(stalls.quiet(("p", 1), &checkpoint(4), at(150)), Duration::ZERO, "it has moved since the look");
-        assert_eq!(stalls.quiet(("p", 2), &checkpoint(3), at(150)), Duration::ZERO, "another generation");
+        stalls.look(("p", 1), true, checkpoint(3), at(140));
+        assert_eq!(stalls.quiet(("p", 1), checkpoint(4), at(150)), Duration::ZERO, "it has moved since the look");
+        assert_eq!(stalls.quiet(("p", 2), checkpoint(3), at(150)), Duration::ZERO, "another generation");
         stalls.forget_others(at(141));
-        assert_eq!(stalls.quiet(("p", 1), &checkpoint(3), at(150)), Duration::ZERO);
+        assert_eq!(stalls.quiet(("p", 1), checkpoint(3), at(150)), Duration::ZERO);
     }
 }

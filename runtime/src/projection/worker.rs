@@ -9,33 +9,33 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::Error;
+use super::cursor::Step;
 use super::failure::{Outcome, Request, Retry, Treatment, retry_wait};
-use super::merge::Step;
-use super::session::Session;
+use super::reached::Reached;
+use super::session::{Session, check_file};
 use crate::config::{BatchLimits, Policy, limits};
-use crate::log::{EventLog, Heads};
-use crate::model::{Checkpoint, FailureReport, Position, Time};
+use crate::log::EventLog;
+use crate::model::{FailureReport, Position, Time};
 use crate::plugin::Module;
-use crate::view::{self, LetterCounts};
+use crate::view::LetterCounts;
 
-/// What a worker follows.
-#[derive(Clone, Debug)]
-pub(super) enum Course {
-    /// The log, for ever.
-    Log,
-    /// The live generation in this file, until told to finish; then, once promoted, the log.
-    Generation(PathBuf),
+/// The live generation that another one is to take the place of.
+#[derive(Clone)]
+pub(super) struct Before {
+    pub(super) file: PathBuf,
+    pub(super) reached: Reached,
 }
 
 /// What a worker needs.
 pub(super) struct Job {
     pub(super) module: Module,
     pub(super) file: PathBuf,
-    pub(super) course: Course,
+    /// The generation to catch up with; None for the live one.
+    pub(super) live: Option<Before>,
     pub(super) log: EventLog,
     pub(super) limits: BatchLimits,
     pub(super) progress: Arc<watch::Sender<Arc<Progress>>>,
-    pub(super) checkpoint: Arc<watch::Sender<Arc<Checkpoint>>>,
+    pub(super) reached: Reached,
     pub(super) notices: mpsc::UnboundedSender<(u64, Notice)>,
     /// Sent along with every notice, so that late ones of a stopped worker are recognised.
     pub(super) id: u64,
@@ -72,8 +72,8 @@ pub(super) enum Notice {
 pub(super) enum Command {
     /// Commit what is applied, and end.
     Stop,
-    /// The live generation has stopped at this checkpoint: pass it and wait.
-    Finish(Checkpoint),
+    /// The live generation has stopped, complete to this position: pass it and wait.
+    Finish(Option<Position>),
     /// This generation is live now: follow the log.
     Lead,
     /// Do something about dead letters, between two batches.
@@ -83,8 +83,8 @@ pub(super) enum Command {
 /// How far a worker has come, in memory only; the database gets checkpoints.
 #[derive(Clone, Debug, Default)]
 pub struct Progress {
-    /// Where each source stands, with the time of its last event.
-    pub done: Vec<(Arc<str>, Position, Time)>,
+    /// When the event at the checkpoint was appended.
+    pub appended: Option<Time>,
     /// Events applied a second, over the last seconds.
     pub rate: f64,
     /// When that was measured.
@@ -120,8 +120,6 @@ pub enum Task {
     Applying {
         /// How many events it was given.
         events: usize,
-        /// The first one's source.
-        source: Arc<str>,
         /// The first one's position.
         position: Position,
     },
@@ -136,11 +134,9 @@ impl fmt::Display for Task {
         match self {
             Task::Opening => f.write_str("opening the view file and the log"),
             Task::Reading => f.write_str("reading the log"),
-            Task::Applying { events: 1, source, position } => {
-                write!(f, "a plugin call for the event at position {position} of source {source:?}")
-            }
-            Task::Applying { events, source, position } => {
-                write!(f, "a plugin call for {events} events from position {position} of source {source:?} on")
+            Task::Applying { events: 1, position } => write!(f, "a plugin call for the event at position {position}"),
+            Task::Applying { events, position } => {
+                write!(f, "a plugin call for {events} events from position {position} on")
             }
             Task::Committing => f.write_str("a commit to the view file"),
             Task::Resting => f.write_str("waiting for events, although there are some"),
@@ -177,13 +173,13 @@ impl Worker {
             .spawn(move || {
                 let span = tracing::info_span!("projection", name = job.module.manifest.projection, file = ?job.file);
                 let _entered = span.enter();
-                let (notices, id) = (job.notices.clone(), job.id);
+                let (notices, id, reached) = (job.notices.clone(), job.id, job.reached.clone());
                 let work = Work {
-                    heads: job.log.heads(),
                     job,
                     commands: received,
                     runtime,
                     finishing: None,
+                    foreign: false,
                     ready: false,
                     proved: false,
                     stopping: false,
@@ -191,7 +187,9 @@ impl Worker {
                     retry: None,
                 };
                 let run = std::panic::AssertUnwindSafe(|| work.run());
-                let ended = std::panic::catch_unwind(run).unwrap_or_else(|_| {
+                let ended = std::panic::catch_unwind(run);
+                reached.end();
+                let ended = ended.unwrap_or_else(|_| {
                     let reason = "a bug in shadowbox; report it with the log, and restart".to_owned();
                     Some(Fault { reason, report: None })
                 });
@@ -227,7 +225,6 @@ enum Wake {
     /// None: the manager is gone, and wants nothing any more.
     Command(Option<Command>),
     Log,
-    Timer,
 }
 
 /// Why the loop is left.
@@ -245,10 +242,11 @@ impl<E: Into<Error>> From<E> for Leave {
 struct Work {
     job: Job,
     commands: mpsc::UnboundedReceiver<Command>,
-    heads: watch::Receiver<Arc<Heads>>,
     runtime: tokio::runtime::Handle,
     /// Where the live generation has stopped, once it has.
-    finishing: Option<Checkpoint>,
+    finishing: Option<Option<Position>>,
+    /// The live generation was built from another log, or cannot be read: where that stands says nothing here.
+    foreign: bool,
     /// Whether the manager has been told that this is as far as the live generation.
     ready: bool,
     proved: bool,
@@ -260,18 +258,12 @@ struct Work {
     retry: Option<Retry>,
 }
 
-/// How often a builder that has come as far as the live generation looks whether that has gone on.
-const FOLLOW_POLL: Duration = Duration::from_millis(10);
-
-/// At the head, nothing but the log and commands wakes the loop; this is only for the type.
-const FOREVER: Duration = Duration::from_secs(86_400);
-
 impl Work {
     /// Runs until stopped (None) or faulted (why).
     fn run(mut self) -> Option<Fault> {
         let mut retries = 0;
         loop {
-            let before = self.job.checkpoint.borrow().clone();
+            let before = self.job.reached.checkpoint();
             let error = match self.attempt() {
                 Leave::Stopped => return None,
                 Leave::Failed(error) => error,
@@ -280,7 +272,7 @@ impl Work {
                 retry.fail(&error.to_string());
             }
             // Progress resets the budget: only a host that does not recover uses it up.
-            if *before != **self.job.checkpoint.borrow() {
+            if before != self.job.reached.checkpoint() {
                 retries = 0;
             }
             if self.stopping {
@@ -331,6 +323,18 @@ impl Work {
             Ok(session) => session,
             Err(error) => return Leave::Failed(error),
         };
+        self.foreign = match &self.job.live {
+            None => false,
+            Some(live) => match check_file(&self.job.log, &live.file) {
+                Ok(()) => false,
+                Err(error @ (Error::LogReplaced { .. } | Error::View(_))) => {
+                    tracing::warn!(%error, "rebuilding without regard to the live generation");
+                    true
+                }
+                Err(error) => return Leave::Failed(error),
+            },
+        };
+        self.job.reached.begin(session.following.seen());
         self.report(&session, false);
         loop {
             if let Err(leave) = self.turn(&mut session) {
@@ -351,13 +355,8 @@ impl Work {
         if self.treat(session)? {
             return Ok(());
         }
-        if matches!(self.job.course, Course::Log) {
-            session.merge.lead();
-        }
-        if self.heads.has_changed().unwrap_or(false) {
-            self.heads.borrow_and_update();
-            session.merge.refresh();
-        }
+        // What comes from now on wakes.
+        session.following.has_changed();
         self.job.doing(Task::Reading);
         let step = session.step(&self.job)?;
         let at_rest = step != Step::More;
@@ -369,12 +368,16 @@ impl Work {
         if due || session.is_committing() {
             self.commit(session, due, at_rest)?;
         }
-        if !at_rest {
-            return Ok(());
+        if at_rest {
+            self.publish(|p| p.activity = Activity::AtHead);
+            session.relax();
         }
-        self.publish(|p| p.activity = Activity::AtHead);
-        session.relax();
-        if let Wake::Command(command) = self.rest(session, step)?
+        let wake = match self.pass(session, at_rest)? {
+            Some(command) => Wake::Command(command),
+            None if at_rest => self.wait(session),
+            None => return Ok(()),
+        };
+        if let Wake::Command(command) = wake
             && !self.obey(command)
         {
             return self.finish(session);
@@ -445,7 +448,7 @@ impl Work {
             Some(Command::Treat(request)) => self.requests.push_back(request),
             Some(Command::Finish(target)) => self.finishing = Some(target),
             Some(Command::Lead) => {
-                self.job.course = Course::Log;
+                self.job.live = None;
                 self.finishing = None;
             }
         }
@@ -465,46 +468,41 @@ impl Work {
         Ok(())
     }
 
-    /// There is nothing to apply: says so to the manager if it waits for that, and waits.
-    fn rest(&mut self, session: &mut Session, step: Step) -> Result<Wake, Leave> {
-        let Course::Generation(live) = &self.job.course else { return Ok(self.wait(FOREVER)) };
-        let reached = session.checkpoint();
-        let ours = |source: &str| session.merge.sources.iter().any(|s| **s == *source);
-        // What a generation of another log has reached says nothing here; then the head of this log is all there is.
-        let passed = |target: &Checkpoint| session.foreign || reached.covers(target, ours);
-        match &self.finishing {
-            Some(target) if passed(target) => {
+    /// Says to the manager if this is as far as the live generation, or has passed where that has stopped; then waits for
+    /// the promotion, and answers what comes instead.
+    fn pass(&mut self, session: &mut Session, at_rest: bool) -> Result<Option<Option<Command>>, Leave> {
+        let Some(live) = &self.job.live else { return Ok(None) };
+        let live = live.reached.clone();
+        match self.finishing {
+            None if !self.ready && (at_rest || (!self.foreign && session.complete() >= live.checkpoint())) => {
+                self.ready = true;
+                self.notify(Notice::Ready);
+            }
+            // What a generation of another log has reached says nothing here; then the head of this log is all there is.
+            Some(_) if self.foreign && !at_rest => {}
+            Some(target) if self.foreign || session.applied.position >= target => {
+                if session.has_uncommitted() || session.is_committing() {
+                    self.commit_now(session)?;
+                }
+                self.report(session, at_rest);
                 self.notify(Notice::Passed);
                 // Nothing may be applied before the promotion: it belongs to this very position.
-                return Ok(Wake::Command(self.runtime.block_on(self.commands.recv())));
-            }
-            None if !self.ready => {
-                let reached = || Ok::<_, Leave>(passed(&view::Order::open(live)?.checkpoint()?));
-                if session.foreign || step == Step::EndOfRecord || reached()? {
-                    self.ready = true;
-                    self.notify(Notice::Ready);
-                }
+                return Ok(Some(self.runtime.block_on(self.commands.recv())));
             }
             _ => {}
         }
-        Ok(self.wait(FOLLOW_POLL))
+        Ok(None)
     }
 
     /// The one place that waits.
-    fn wait(&mut self, longest: Duration) -> Wake {
+    fn wait(&mut self, session: &mut Session) -> Wake {
         self.job.doing(Task::Resting);
-        let wake = self.runtime.block_on(async {
+        self.runtime.block_on(async {
             tokio::select! {
                 command = self.commands.recv() => Wake::Command(command),
-                Ok(()) = self.heads.changed() => Wake::Log,
-                () = tokio::time::sleep(longest) => Wake::Timer,
+                () = session.following.changed() => Wake::Log,
             }
-        });
-        if let Wake::Log = wake {
-            // Whoever waited looks at the heads next, in `turn`, and there it must show that they have changed.
-            self.heads.mark_changed();
-        }
-        wake
+        })
     }
 
     fn notify(&self, notice: Notice) {
@@ -514,11 +512,9 @@ impl Work {
 
     /// Tells readers and the status what is committed.
     fn report(&self, session: &Session, at_rest: bool) {
-        self.job.checkpoint.send_replace(Arc::new(session.checkpoint()));
-        let done = session.merge.sources.iter().zip(&session.committed);
-        let done = done.filter_map(|(source, done)| done.map(|(p, t)| (source.clone(), p, t))).collect();
+        self.job.reached.commit(session.complete());
         self.publish(|progress| {
-            progress.done = done;
+            progress.appended = session.appended;
             progress.dead_letters = session.park.counts;
             progress.rate = session.rate.events_a_second;
             progress.measured = Some(Instant::now());
@@ -537,7 +533,7 @@ fn is_transient(error: &Error) -> bool {
         Error::Log(error) => error.is_transient(),
         Error::View(error) => error.is_transient(),
         Error::Host(_) => true,
-        Error::FirstBatch { .. } | Error::Record { .. } | Error::Types => false,
+        Error::FirstBatch { .. } | Error::Missing { .. } => false,
         Error::Plugin(_) | Error::Event(_) | Error::Full { .. } | Error::LogReplaced { .. } => false,
     }
 }

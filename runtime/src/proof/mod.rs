@@ -14,11 +14,12 @@ use serde::Serialize;
 
 pub use plan::{Action, Failed, Live, Planned, Request as PlanRequest, Run, View as PlannedView, plan};
 pub use schema::Change;
-pub use verify::{Differing, EventName, Request as VerifyRequest, Verified, View as VerifiedView, verify};
+pub use verify::{Differing, Request as VerifyRequest, Verified, View as VerifiedView, verify};
 
 use crate::config::Config;
-use crate::log;
-use crate::model::Checkpoint;
+use crate::log::{self, EventLog};
+use crate::manifest::Manifest;
+use crate::model::Position;
 use crate::plugin::{self, Engine, Module};
 use crate::projection;
 use crate::view::compare::Snapshot;
@@ -38,18 +39,10 @@ pub enum Error {
     Projection(#[from] projection::Error),
     #[error("there is no projection {name:?}; {known}")]
     UnknownProjection { name: String, known: String },
-    #[error(
-        "projection {name:?} does not depend on source {source_name:?}, so it has no position there; it depends on {sources}"
-    )]
-    UnknownSource { name: String, source_name: String, sources: String },
     #[error("generation {generation} of {name:?} is at {here}, not at {at}{waited}")]
-    NotYet { name: String, generation: u64, here: String, at: Checkpoint, waited: String },
+    NotYet { name: String, generation: u64, here: String, at: Position, waited: String },
     #[error("the module {hash} that made the last commit cannot be run: {error}; put it back into {path:?}")]
     Module { hash: String, path: PathBuf, error: plugin::Error },
-    #[error(
-        "the replay ended at {reached} instead of {until}; the live generation's record of its order is not whole; rebuild the projection"
-    )]
-    Record { reached: Checkpoint, until: Checkpoint },
     #[error("interrupted; nothing was changed")]
     Interrupted,
     #[error("{0}")]
@@ -144,6 +137,24 @@ async fn snapshot(config: &Config, name: &str, scratch: &Scratch) -> Result<(Gen
         let _ = std::fs::remove_file(scratch.file("live.sqlite"));
     }
     Err(Error::Other(format!("projection {name:?} gets one generation after the other; ask again when it has settled")))
+}
+
+/// To where rows with a checkpoint are complete: to the head of the log, or else to `at`, if nothing that is wanted comes
+/// between. A checkpoint is not moved for each event that is passed over.
+fn complete(
+    log: &EventLog,
+    manifest: &Manifest,
+    checkpoint: Option<Position>,
+    at: Option<Position>,
+) -> Result<Option<Position>, Error> {
+    let head = log.head_now().last();
+    let begin = checkpoint.map_or(0, |p| p.0 + 1);
+    for to in [head, at.min(head)].into_iter().flatten().filter(|to| to.0 >= begin) {
+        if log.count(manifest, begin, to.0 + 1)? == 0 {
+            return Ok(Some(to));
+        }
+    }
+    Ok(checkpoint)
 }
 
 /// Runs what blocks on a thread that may.

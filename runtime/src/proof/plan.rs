@@ -7,24 +7,26 @@ use std::time::Instant;
 use serde::Serialize;
 
 use super::schema::{Change, changes};
-use super::{Cost, Error, Progress, Tell, blocking, catalogue, engine, module_of, process_memory, rows, snapshot};
+use super::{
+    Cost, Error, Progress, Tell, blocking, catalogue, complete, engine, module_of, process_memory, rows, snapshot,
+};
 use crate::config::{Config, limits};
-use crate::log::{EventLog, Heads};
-use crate::manifest::{Manifest, ViewSchema};
-use crate::model::{Checkpoint, Position};
+use crate::log::EventLog;
+use crate::manifest::ViewSchema;
+use crate::model::Position;
 use crate::plugin::{self, Engine, Module};
 use crate::projection::lifecycle::{self, Input, ModuleId, State};
 use crate::projection::{self, Fold, Shadow, at_rest, check_file, module_id};
 use crate::supervisor::would_refuse;
 use crate::view::compare::{Comparison, Side, Snapshot, compare};
-use crate::view::{GenerationRecord, ProjectionRecord, Role, Scratch};
+use crate::view::{self, GenerationRecord, ProjectionRecord, Role, Scratch};
 
 /// What is to be planned.
 #[derive(Clone, Debug)]
 pub struct Request {
     /// The module.
     pub file: PathBuf,
-    /// Only the last so many events of each source, by the live module and by this one, both from empty views.
+    /// Only the last so many events of the log, by the live module and by this one, both from empty views.
     pub last: Option<u64>,
 }
 
@@ -46,12 +48,15 @@ pub enum Action {
 
 /// The generation that is live now.
 #[derive(Clone, Debug, Serialize)]
-#[expect(missing_docs, reason = "the names say it")]
 pub struct Live {
+    /// Its number.
     pub generation: u64,
+    /// The hash of the module that made its last commit.
     pub module: String,
+    /// The projection's version in that module.
     pub version: u32,
-    pub position: Checkpoint,
+    /// Its checkpoint; None before the first event.
+    pub position: Option<Position>,
 }
 
 /// What came of it.
@@ -78,10 +83,14 @@ pub struct Planned {
 /// What a run in the shadow came to.
 #[derive(Debug, Serialize)]
 pub struct Run {
-    /// It ran over so many events of each source only; None for all.
+    /// How many events of the log the module wants.
+    pub wanted: u64,
+    /// How many events the log has.
+    pub log: u64,
+    /// It ran over the last so many events only, wanted or not; None for all.
     pub last: Option<u64>,
-    /// Up to here.
-    pub until: Checkpoint,
+    /// Up to here: as far as the live generation, or to the head of the log; None for no events at all.
+    pub until: Option<Position>,
     /// What it took.
     #[serde(flatten)]
     pub cost: Cost,
@@ -189,7 +198,8 @@ fn decide(config: &Config, path: &Path, records: &[ProjectionRecord]) -> Result<
         generation: live.number,
         module: live.module.clone(),
         version: live.manifest.version,
-        position: Checkpoint::default(),
+        // A file that cannot be read is told by whoever copies it.
+        position: view::mark(&live.file).ok().flatten().map(|mark| mark.position),
     });
     let (action, why) = classify(at_rest(record), &module_id(&module.hash, &module.manifest));
     planned.action = action;
@@ -253,30 +263,28 @@ impl Trial<'_> {
             check_file(&self.log, &snapshot.file)?;
         }
         let live_module = self.live.as_ref().map(|(r, s)| module_of(self.config, &self.engine, r, s)).transpose()?;
-        let heads = self.log.heads_now();
-        let reached = self.live.as_ref().map_or_else(Checkpoint::default, |(_, snapshot)| snapshot.checkpoint());
-        let until = |manifest: &Manifest| self.until(manifest, &reached, &heads);
-        let fold = |module, until, after| Fold {
+        let head = self.log.head_now();
+        let until = match (&self.live, &live_module) {
+            (Some((_, snapshot)), Some(live)) => complete(&self.log, &live.manifest, snapshot.checkpoint(), None)?,
+            _ => head.last(),
+        };
+        let fold = |module| Fold {
             module,
             log: &self.log,
             limits: self.config.batch,
-            order: self.live.as_ref().map(|(_, snapshot)| snapshot.file.as_path()),
-            after,
+            // Positions are dense: behind this one there are just so many.
+            after: self.last.and_then(|last| until?.0.checked_sub(last)).map(Position),
             until,
             without: self.live.as_ref().map_or(&none, |(_, snapshot)| &snapshot.dead_letters),
         };
-        let ours = until(&self.module.manifest);
-        let begin = after(&ours, self.last);
-        let (cost, failed) =
-            follow(&fold(&self.module, &ours, &begin), self.scratch.file("new.sqlite"), "running", tell)?;
-        let mut run = Run { last: self.last, until: ours.clone(), cost, failed: None, views: Vec::new() };
+        let (cost, failed) = follow(&fold(&self.module), self.scratch.file("new.sqlite"), "running", tell)?;
+        let wanted = self.log.count(&self.module.manifest, 0, head.next)?;
+        let mut run = Run { wanted, log: head.next, last: self.last, until, cost, failed: None, views: Vec::new() };
         run.failed = failed.map(|error| Failed { by_live: false, error });
         let mut live_file = self.live.as_ref().map(|(_, snapshot)| snapshot.file.clone());
         if let (None, Some(_), Some(module)) = (&run.failed, self.last, &live_module) {
-            let theirs = until(&module.manifest);
-            let begin = after(&theirs, self.last);
             let file = self.scratch.file("former.sqlite");
-            let (_, failed) = follow(&fold(module, &theirs, &begin), file.clone(), "running the live module", tell)?;
+            let (_, failed) = follow(&fold(module), file.clone(), "running the live module", tell)?;
             run.failed = failed.map(|error| Failed { by_live: true, error });
             live_file = Some(file);
         }
@@ -290,16 +298,6 @@ impl Trial<'_> {
             position: snapshot.checkpoint(),
         });
         Ok((run, live))
-    }
-
-    /// As far as the live generation; in sources that it does not read, to the head of the log.
-    fn until(&self, manifest: &Manifest, reached: &Checkpoint, heads: &Heads) -> Checkpoint {
-        let reads = |source: &str| self.live.as_ref().is_some_and(|(r, _)| r.manifest.subscription(source).is_some());
-        let position = |source: &str| match reads(source) {
-            true => reached.get(source),
-            false => heads.get(source).map(|head| head.position),
-        };
-        manifest.sources.iter().filter_map(|s| Some((s.source.clone(), position(&s.source)?))).collect()
     }
 
     fn compare(&self, live: Option<&Path>, tell: &mut Tell) -> Result<Vec<View>, Error> {
@@ -316,14 +314,6 @@ impl Trial<'_> {
         }
         Ok(views)
     }
-}
-
-/// The position after which the last so many events of each source begin.
-fn after(until: &Checkpoint, last: Option<u64>) -> Checkpoint {
-    let Some(last) = last else { return Checkpoint::default() };
-    // Positions of the embedded log are dense.
-    let after = |p: Position| Some(Position(p.0.checked_sub(last)?));
-    until.iter().filter_map(|(source, position)| Some((source.to_owned(), after(position)?))).collect()
 }
 
 /// Runs a fold to its end, or to an event that fails.

@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::Serialize;
 
-use crate::manifest::{Column, Manifest, Subscription, ViewSchema};
+use crate::manifest::{Column, Manifest, ViewSchema};
 
 /// One difference.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -102,20 +102,20 @@ pub(super) fn changes(from: &Manifest, to: &Manifest) -> Vec<Change> {
     if from.version != to.version {
         changes.push(Change::Version { from: from.version, to: to.version });
     }
-    let (old, new): (Vec<&Subscription>, Vec<&Subscription>) =
-        (from.sources.iter().collect(), to.sources.iter().collect());
-    for source in &old {
+    // By their patterns as declared: which sources those take is nothing that a module says.
+    let declared = |manifest: &Manifest, pattern: &str| manifest.sources.iter().find(|s| s.source == pattern).cloned();
+    for source in &from.sources {
         let name = || source.source.clone();
-        match to.subscription(&source.source) {
+        match declared(to, &source.source) {
             None => changes.push(Change::SourceRemoved { source: name() }),
             Some(now) if now.types != source.types => {
-                let (from, to) = (source.types.clone(), now.types.clone());
+                let (from, to) = (source.types.clone(), now.types);
                 changes.push(Change::TypesChanged { source: name(), from, to });
             }
             Some(_) => {}
         }
     }
-    for source in new.iter().filter(|s| from.subscription(&s.source).is_none()) {
+    for source in to.sources.iter().filter(|s| declared(from, &s.source).is_none()) {
         changes.push(Change::SourceAdded { source: source.source.clone(), types: source.types.clone() });
     }
     let find = |views: &[ViewSchema], name: &str| views.iter().find(|v| v.name == name).cloned();
@@ -191,6 +191,11 @@ mod tests {
             ("/sources/0/types", json!(["X", "Y"]), "of source a it reads X, Y events instead of X"),
             ("/sources/0/types", json!([]), "of source a it reads all events instead of X"),
             ("/sources/1/source", json!("c"), "it does not read source b any more; it reads source c, too: all events"),
+            (
+                "/sources/1/source",
+                json!("b*"),
+                "it does not read source b any more; it reads source b*, too: all events",
+            ),
             (
                 "/views/0/columns/2",
                 column("x", "integer"),

@@ -1,28 +1,26 @@
 //! `verify`: is the live generation the fold of the log?
 
 use std::collections::VecDeque;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use super::{Cost, Error, Progress, Tell, blocking, engine, live, module_of, process_memory, rows, snapshot};
+use super::{Cost, Error, Progress, Tell, blocking, complete, engine, live, module_of, process_memory, rows, snapshot};
 use crate::config::{BatchLimits, Config, limits};
 use crate::log::EventLog;
-use crate::model::{Checkpoint, Event, Position, Time};
+use crate::model::{EventName, Position};
 use crate::projection::{self, Applied, Fold, Shadow, check_file};
 use crate::supervisor;
 use crate::view::compare::{Comparison, Difference, Side, Snapshot, compare};
-use crate::view::readers::read_marks;
-use crate::view::{GenerationRecord, Scratch};
+use crate::view::{self, GenerationRecord, Scratch};
 
 /// What is to be proved.
 #[derive(Clone, Debug)]
 pub struct Request {
     /// The projection.
     pub projection: String,
-    /// Wait until the live generation has come so far.
-    pub at: Option<Checkpoint>,
+    /// Wait until the live generation is complete to this position.
+    pub at: Option<Position>,
     /// Where batches end and instances are dropped follows from it.
     pub seed: u64,
 }
@@ -36,8 +34,8 @@ pub struct Verified {
     pub generation: u64,
     /// The hash of the module that made its last commit.
     pub module: String,
-    /// Where it stood: the replay ended exactly there.
-    pub position: Checkpoint,
+    /// To where its rows were complete, and the replayed ones are; None before the first event.
+    pub position: Option<Position>,
     /// The same seed gives the same batches.
     pub seed: u64,
     /// In how many batches the events were replayed.
@@ -81,17 +79,6 @@ pub struct Differing {
     pub events: Vec<EventName>,
 }
 
-/// What tells an event from every other, and a little of what it is.
-#[derive(Clone, Debug, Serialize)]
-#[expect(missing_docs, reason = "the names say it")]
-pub struct EventName {
-    pub source: String,
-    pub position: Position,
-    pub event_type: String,
-    pub id: String,
-    pub time: Time,
-}
-
 /// How often a live generation that is waited for is looked at.
 const POLL: Duration = Duration::from_millis(50);
 
@@ -102,7 +89,7 @@ const POLL: Duration = Duration::from_millis(50);
 ///
 /// If it cannot be told. That it is not so is no error.
 pub async fn verify(config: &Config, request: Request, mut tell: Tell) -> Result<Verified, Error> {
-    if let Some(at) = &request.at {
+    if let Some(at) = request.at {
         wait(config, &request.projection, at, &mut tell).await?;
     }
     let scratch = {
@@ -111,23 +98,25 @@ pub async fn verify(config: &Config, request: Request, mut tell: Tell) -> Result
     };
     let (record, live) = snapshot(config, &request.projection, &scratch).await?;
     let config = config.clone();
-    blocking(move || Replay { config: &config, record, live, scratch, seed: request.seed }.run(&mut tell)).await
+    let (at, seed) = (request.at, request.seed);
+    blocking(move || Replay { config: &config, record, live, scratch, at, seed }.run(&mut tell)).await
 }
 
-/// Returns when the live generation has come so far; without a runtime it never will.
-async fn wait(config: &Config, name: &str, at: &Checkpoint, tell: &mut Tell) -> Result<(), Error> {
+/// Returns when the live generation is complete to a position; without a runtime it may never be.
+async fn wait(config: &Config, name: &str, at: Position, tell: &mut Tell) -> Result<(), Error> {
     let begin = Instant::now();
+    let mut record = live(config, name).await?;
+    let data = config.data.clone();
+    let log = blocking(move || Ok(EventLog::open(&data)?)).await?;
+    // From now on the log looks for what others append.
+    drop(log.head());
     loop {
-        let record = live(config, name).await?;
-        let sources = &record.manifest.sources;
-        if let Some((source, _)) = at.iter().find(|(source, _)| record.manifest.subscription(source).is_none()) {
-            let sources = sources.iter().map(|s| s.source.as_str()).collect::<Vec<_>>().join(", ");
-            return Err(Error::UnknownSource { name: name.to_owned(), source_name: source.to_owned(), sources });
-        }
         // One that cannot be read is told by whoever copies it.
-        let Ok(marks) = read_marks(&record.file) else { return Ok(()) };
-        let here: Checkpoint = marks.into_iter().map(|(source, position, _)| (source, position)).collect();
-        if here.covers(at, |_| true) {
+        let Ok(mark) = view::mark(&record.file) else { return Ok(()) };
+        let checkpoint = mark.map(|mark| mark.position);
+        let (log, manifest) = (log.clone(), record.manifest.clone());
+        let here = blocking(move || complete(&log, &manifest, checkpoint, Some(at))).await?;
+        if here >= Some(at) {
             return Ok(());
         }
         let waited = match supervisor::running(&config.data) {
@@ -137,14 +126,15 @@ async fn wait(config: &Config, name: &str, at: &Checkpoint, tell: &mut Tell) -> 
                     return Err(Error::Interrupted);
                 }
                 tokio::time::sleep(POLL).await;
+                record = live(config, name).await?;
                 continue;
             }
             Some(_) => {
                 format!(", after {} s (http.max_wait_ms); see shadowbox status", config.http.max_wait.as_secs())
             }
         };
-        let here = if here.is_empty() { "the beginning".to_owned() } else { here.to_string() };
-        return Err(Error::NotYet { name: name.to_owned(), generation: record.number, here, at: at.clone(), waited });
+        let here = here.map_or_else(|| "the beginning".to_owned(), |here| here.to_string());
+        return Err(Error::NotYet { name: name.to_owned(), generation: record.number, here, at, waited });
     }
 }
 
@@ -153,6 +143,7 @@ struct Replay<'a> {
     record: GenerationRecord,
     live: Snapshot,
     scratch: Scratch,
+    at: Option<Position>,
     seed: u64,
 }
 
@@ -166,16 +157,15 @@ impl Replay<'_> {
             module: &module,
             log: &log,
             limits: self.config.batch,
-            order: Some(&self.live.file),
-            after: &Checkpoint::default(),
-            until: &until,
+            after: None,
+            until,
             without: &self.live.dead_letters,
         };
         let mut verified = Verified {
             projection: self.record.projection.clone(),
             generation: self.record.number,
             module: module.hash.clone(),
-            position: until.clone(),
+            position: complete(&log, &module.manifest, until, self.at)?,
             seed: self.seed,
             batches: 0,
             dropped: 0,
@@ -219,40 +209,46 @@ impl Replay<'_> {
         let limits = BatchLimits { commit_rows: dice.up_to(usual.commit_rows as u64) as usize, ..usual };
         let fold = Fold { limits, ..fold.clone() };
         let mut shadow = Shadow::begin(&fold, self.scratch.file("replay.sqlite"))?;
-        // Also a short log is to have some batches.
-        let largest = (shadow.progress().1 / 16).clamp(1, usual.events as u64);
-        let result = loop {
-            // As many batches of one event as of a thousand.
+        let wanted = fold.log.count(&fold.module.manifest, 0, fold.until.map_or(0, |p| p.0 + 1))?;
+        // Also where little is wanted there are to be some batches.
+        let largest = (wanted / 16).clamp(1, usual.events as u64);
+        // As many batches of one event as of a thousand.
+        let next_size = |dice: &mut Dice| {
             let magnitude = dice.up_to(u64::from(largest.ilog2()) + 1);
-            match shadow.step(dice.up_to(largest.min(1 << magnitude)) as usize, |_| {}) {
-                Ok(true) => {}
-                Ok(false) => break Ok(()),
+            dice.up_to(largest.min(1 << magnitude)) as usize
+        };
+        let mut size = next_size(&mut dice);
+        let result = loop {
+            let before = shadow.events();
+            let more = match shadow.step(size, |_| {}) {
+                Ok(more) => more,
                 Err(error) => break Err(error.into()),
+            };
+            // How often events are only passed over depends on how the log is packed; what follows from the seed does not.
+            if shadow.events() > before {
+                verified.batches += 1;
+                // The first one always: there may not be many.
+                if more && (verified.batches == 1 || dice.up_to(4) == 1) {
+                    shadow.forget();
+                    verified.dropped += 1;
+                }
+                size = next_size(&mut dice);
             }
-            verified.batches += 1;
-            // The first one always: there may not be many.
-            if verified.batches == 1 || dice.up_to(4) == 1 {
-                shadow.forget();
-                verified.dropped += 1;
+            if !more {
+                break Ok(());
             }
             let (done, of) = shadow.progress();
             if !tell(Progress { doing: "replaying", done, of }) {
                 break Err(Error::Interrupted);
             }
         };
-        verified.batches += u64::from(result.is_ok());
         verified.cost = Cost {
             events: shadow.events(),
             seconds: begin.elapsed().as_secs_f64(),
             sandbox_memory: shadow.memory(),
             process_memory: process_memory(),
         };
-        result?;
-        let reached = shadow.checkpoint();
-        match reached == *fold.until {
-            true => Ok(()),
-            false => Err(Error::Record { reached, until: fold.until.clone() }),
-        }
+        result
     }
 
     /// Replays once more, event by event, and notes which of them change the rows in question.
@@ -279,12 +275,8 @@ impl Replay<'_> {
             }
         }
         for Traced { row, events, .. } in traced {
-            for (source, position) in events {
-                let before = position.0.checked_sub(1).map(Position);
-                fold.log.events(&source, before, 1, |Event { position, event: e }| {
-                    let (source, event_type, id, time) = (e.source, e.event_type, e.id, e.time);
-                    row.events.push(EventName { source, position, event_type, id, time });
-                })?;
+            for position in events {
+                row.events.extend(fold.log.event(position)?.map(|(event, _)| event.name()));
             }
         }
         Ok(())
@@ -296,7 +288,7 @@ struct Traced<'a> {
     view: u32,
     row: &'a mut Differing,
     last: Option<Vec<u8>>,
-    events: VecDeque<(Arc<str>, Position)>,
+    events: VecDeque<Position>,
 }
 
 impl Traced<'_> {

@@ -6,7 +6,6 @@
 use std::cmp::Ordering;
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use rusqlite::Row;
 use rusqlite::types::ValueRef;
@@ -14,24 +13,24 @@ use serde::{Serialize, Serializer};
 use serde_json::value::RawValue;
 use sha2::{Digest as _, Sha256};
 
-use super::generation::{Mark, checkpoint, read_marks, read_only};
+use super::generation::{Mark, mark, read_only};
 use super::readers::Value;
 use super::row::{Table, quote};
 use super::{Error, render};
 use crate::manifest::{ColumnType, ViewSchema};
-use crate::model::{Checkpoint, Position};
+use crate::model::Position;
 
 /// A copy of a generation's file as of one of its commits.
 #[derive(Debug)]
 pub struct Snapshot {
     /// The copy.
     pub file: PathBuf,
-    /// How far the generation had come, by source.
-    pub marks: Vec<(Arc<str>, Mark)>,
+    /// How far the generation had come; None before the first event.
+    pub mark: Option<Mark>,
     /// The hash of the module that made the last commit; empty if there was none.
     pub module: String,
     /// Events that are not in the rows, because they are dead letters.
-    pub dead_letters: HashSet<(String, Position)>,
+    pub dead_letters: HashSet<Position>,
 }
 
 impl Snapshot {
@@ -46,27 +45,23 @@ impl Snapshot {
             path: to.clone(),
             error: std::io::Error::new(std::io::ErrorKind::InvalidInput, "the path is not UTF-8"),
         })?;
+        // A file of the time before the log had one order is refused by its own name, not by that of a copy.
+        mark(live)?;
         read_only(live)?.execute("VACUUM INTO ?", [target]).map_err(failed(live))?;
         let copy = read_only(&to)?;
-        let marks = read_marks(&copy).map_err(failed(&to))?;
         let read = || -> rusqlite::Result<_> {
             let module = copy.query_row("SELECT module FROM _shadowbox_generation", [], |r| r.get(0))?;
-            let mut dead_letters = HashSet::new();
-            // A generation of an earlier version has no such table.
-            if copy.table_exists(None, "_shadowbox_dead_letters")? {
-                let mut letters = copy.prepare("SELECT source, position FROM _shadowbox_dead_letters")?;
-                let letters = letters.query_map([], |r| Ok((r.get(0)?, Position(r.get::<_, i64>(1)? as u64))))?;
-                dead_letters = letters.collect::<rusqlite::Result<_>>()?;
-            }
-            Ok((module, dead_letters))
+            let mut letters = copy.prepare("SELECT position FROM _shadowbox_dead_letters")?;
+            let letters = letters.query_map([], |r| Ok(Position(r.get::<_, i64>(0)? as u64)))?;
+            Ok((module, letters.collect::<rusqlite::Result<_>>()?))
         };
         let (module, dead_letters) = read().map_err(failed(&to))?;
-        Ok(Snapshot { marks, module, dead_letters, file: to })
+        Ok(Snapshot { mark: mark(&to)?, module, dead_letters, file: to })
     }
 
-    /// How far the generation had come.
-    pub fn checkpoint(&self) -> Checkpoint {
-        checkpoint(&self.marks)
+    /// The position up to which events were applied or passed over.
+    pub fn checkpoint(&self) -> Option<Position> {
+        self.mark.as_ref().map(|mark| mark.position)
     }
 }
 
@@ -471,13 +466,13 @@ mod tests {
         let manifest = crate::manifest::Manifest::parse(&manifest.to_string()).unwrap();
         super::super::Generation::create(&live, &manifest).unwrap();
         let writer = rusqlite::Connection::open(&live).unwrap();
-        let commit = "INSERT INTO v VALUES ('a'); INSERT INTO _shadowbox_checkpoint VALUES ('s', 3, 0, 9, 'log');
+        let commit = "INSERT INTO v VALUES ('a'); INSERT INTO _shadowbox_checkpoint VALUES (0, 3, 0, 9, 'log');
                       UPDATE _shadowbox_generation SET module = 'm';";
         writer.execute_batch(commit).unwrap();
         // Not committed, so nobody sees it; and nobody waits for it.
         writer.execute_batch("BEGIN IMMEDIATE; INSERT INTO v VALUES ('b');").unwrap();
         let snapshot = Snapshot::take(&live, folder.path().join("copy's.sqlite")).unwrap();
-        assert_eq!((snapshot.checkpoint().to_string().as_str(), snapshot.module.as_str()), ("s=3", "m"));
+        assert_eq!((snapshot.checkpoint(), snapshot.module.as_str()), (Some(Position(3)), "m"));
         assert!(snapshot.dead_letters.is_empty());
         let side = Side { file: &snapshot.file, schema: &manifest.views[0] };
         assert_eq!(compare(Some(side), None, 9, &mut || true).unwrap().unwrap().live.unwrap().rows, 1);
@@ -488,7 +483,7 @@ mod tests {
             )
             .unwrap();
         let snapshot = Snapshot::take(&live, folder.path().join("second.sqlite")).unwrap();
-        assert_eq!(snapshot.dead_letters, HashSet::from([("s".to_owned(), Position(2))]));
+        assert_eq!(snapshot.dead_letters, HashSet::from([Position(2)]));
         assert!(Snapshot::take(&folder.path().join("gone"), folder.path().join("third.sqlite")).is_err());
     }
 }

@@ -1,5 +1,4 @@
-//! One generation of a projection: a file with its views, its checkpoint and its merge record, and the only
-//! transaction that changes them.
+//! One generation of a projection: a file with its views and its checkpoint, and the only transaction that changes them.
 //!
 //! rusqlite instead of sqlx: a commit writes tens of thousands of rows, 1 us each through prepared statements.
 
@@ -15,46 +14,34 @@ use super::row::Table;
 use super::{Error, dead_letters};
 use crate::config::limits;
 use crate::fault;
-use crate::manifest::{Manifest, hex};
-use crate::model::{Checkpoint, Position, Time};
+use crate::manifest::Manifest;
+use crate::model::{Position, Time};
 
 /// Shadowbox's own tables stand beside the views, so that one transaction covers both.
 const SCHEMA: &str = "
     CREATE TABLE _shadowbox_generation (fence INTEGER NOT NULL, module TEXT NOT NULL, manifest TEXT NOT NULL) STRICT;
-    CREATE TABLE _shadowbox_checkpoint (source TEXT PRIMARY KEY, position INTEGER NOT NULL, time INTEGER NOT NULL,
-        fingerprint INTEGER NOT NULL, log TEXT NOT NULL) STRICT, WITHOUT ROWID;
-    CREATE TABLE _shadowbox_order (number INTEGER PRIMARY KEY, runs BLOB NOT NULL) STRICT;";
+    CREATE TABLE _shadowbox_checkpoint (only INTEGER PRIMARY KEY CHECK (only = 0), position INTEGER NOT NULL,
+        appended INTEGER NOT NULL, fingerprint INTEGER NOT NULL, log TEXT NOT NULL) STRICT;";
 
-/// How far a generation has come in one source, and how to tell that it is still the same log.
+/// How far a generation has come, and how to tell that it is still the same log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mark {
     /// The last event applied or passed over.
     pub position: Position,
-    /// Its time.
-    pub time: Time,
+    /// When it was appended.
+    pub appended: Time,
     /// A digest of it.
     pub fingerprint: i64,
     /// The identity of the log that it is in.
     pub log: String,
 }
 
-/// Consecutive events taken from one source: those after the run before, up to and including `to`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Run {
-    /// The source's number: its place among the manifest's sources, which are in order of their names.
-    pub source: u16,
-    /// The last position of the run.
-    pub to: Position,
-}
-
 /// Everything that one commit writes.
 pub struct Commit {
-    /// Where each source that moved stands now.
-    pub marks: Vec<(Arc<str>, Mark)>,
+    /// How far the generation is with it; None if it has not begun.
+    pub mark: Option<Mark>,
     /// The rows.
     pub changes: Arc<Changes>,
-    /// The order in which the sources were taken; empty for a projection of one source.
-    pub runs: Vec<Run>,
     /// The hash of the module that made the changes.
     pub module: String,
     /// Nothing follows for now.
@@ -71,7 +58,7 @@ pub struct Generation {
     connection: Connection,
     tables: Arc<[Table]>,
     fence: i64,
-    marks: Vec<(Arc<str>, Mark)>,
+    mark: Option<Mark>,
 }
 
 impl Generation {
@@ -111,9 +98,9 @@ impl Generation {
         }
         // Files from before there were dead letters have no table for them.
         connection.execute_batch(dead_letters::SCHEMA).map_err(failed)?;
-        let marks = read_marks(&connection).map_err(failed)?;
+        let mark = read_mark(path, &connection)?;
         let identity = identity(path).ok_or_else(|| Error::Removed { path: path.to_owned() })?;
-        Ok(Generation { path: path.to_owned(), identity, connection, tables, fence, marks })
+        Ok(Generation { path: path.to_owned(), identity, connection, tables, fence, mark })
     }
 
     /// The views' tables.
@@ -121,14 +108,9 @@ impl Generation {
         &self.tables
     }
 
-    /// How far this generation has come, by source.
-    pub fn marks(&self) -> &[(Arc<str>, Mark)] {
-        &self.marks
-    }
-
-    /// The same as a checkpoint.
-    pub fn checkpoint(&self) -> Checkpoint {
-        checkpoint(&self.marks)
+    /// How far this generation has come; None before the first event.
+    pub fn mark(&self) -> Option<&Mark> {
+        self.mark.as_ref()
     }
 
     /// Reads committed rows through a connection of its own.
@@ -149,24 +131,20 @@ impl Generation {
         }
         let found = self.try_commit(commit).map_err(|error| self.failed(error))?;
         if let Some(found) = found {
-            return Err(Error::Fenced { path: self.path.clone(), expected: self.checkpoint(), found });
+            let expected = self.mark.as_ref().map(|mark| mark.position);
+            return Err(Error::Fenced { path: self.path.clone(), expected: show(expected), found: show(found) });
         }
-        for (source, mark) in &commit.marks {
-            match self.marks.iter_mut().find(|(s, _)| s == source) {
-                Some((_, old)) => *old = mark.clone(),
-                None => self.marks.push((source.clone(), mark.clone())),
-            }
-        }
+        self.mark.clone_from(&commit.mark);
         Ok(())
     }
 
     /// Answers the stored checkpoint if it is not the expected one; then nothing was written.
-    fn try_commit(&mut self, commit: &Commit) -> rusqlite::Result<Option<Checkpoint>> {
+    fn try_commit(&mut self, commit: &Commit) -> rusqlite::Result<Option<Option<Position>>> {
         let tx = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         let fence: i64 = tx.prepare_cached("SELECT fence FROM _shadowbox_generation")?.query_row([], |r| r.get(0))?;
-        let found = checkpoint(&read_marks(&tx)?);
-        if fence != self.fence || found != checkpoint(&self.marks) {
-            return Ok(Some(found));
+        let found = select_mark(&tx)?;
+        if fence != self.fence || found != self.mark {
+            return Ok(Some(found.map(|mark| mark.position)));
         }
         fail("commit.begun", &tx)?;
         for (view, table) in self.tables.iter().enumerate() {
@@ -187,24 +165,9 @@ impl Generation {
             }
         }
         fail("commit.rows", &tx)?;
-        let mut upsert = tx.prepare_cached(
-            "INSERT INTO _shadowbox_checkpoint VALUES (?, ?, ?, ?, ?) ON CONFLICT (source) DO UPDATE SET
-             position = excluded.position, time = excluded.time, fingerprint = excluded.fingerprint, log = excluded.log",
-        )?;
-        for (source, mark) in &commit.marks {
-            upsert.execute(params![
-                &**source,
-                mark.position.0 as i64,
-                mark.time.microseconds(),
-                mark.fingerprint,
-                mark.log
-            ])?;
-        }
-        drop(upsert);
-        if !commit.runs.is_empty() {
-            let runs: Vec<(u16, u64)> = commit.runs.iter().map(|run| (run.source, run.to.0)).collect();
-            let runs = rmp_serde::to_vec(&runs).expect("writing to memory cannot fail");
-            tx.prepare_cached("INSERT INTO _shadowbox_order (runs) VALUES (?)")?.execute([runs])?;
+        if let Some(mark) = &commit.mark {
+            tx.prepare_cached("INSERT OR REPLACE INTO _shadowbox_checkpoint VALUES (0, ?, ?, ?, ?)")?
+                .execute(params![mark.position.0 as i64, mark.appended.microseconds(), mark.fingerprint, mark.log])?;
         }
         dead_letters::write(&tx, &commit.letters)?;
         tx.prepare_cached("UPDATE _shadowbox_generation SET module = ?1 WHERE module <> ?1")?
@@ -388,75 +351,47 @@ pub(super) fn read_only(path: &Path) -> Result<Connection, Error> {
     open().map_err(|error| Error::Sqlite { path: path.to_owned(), error })
 }
 
-pub(super) fn checkpoint(marks: &[(Arc<str>, Mark)]) -> Checkpoint {
-    marks.iter().map(|(source, mark)| (&**source, mark.position)).collect()
+fn show(position: Option<Position>) -> String {
+    position.map_or_else(|| "none".to_owned(), |position| position.to_string())
 }
 
-pub(super) fn read_marks(connection: &Connection) -> rusqlite::Result<Vec<(Arc<str>, Mark)>> {
-    let sql = "SELECT source, position, time, fingerprint, log FROM _shadowbox_checkpoint";
-    let mut statement = connection.prepare_cached(sql)?;
-    let marks = statement.query_map([], |row| {
-        let mark = Mark {
-            position: Position(row.get::<_, i64>(1)? as u64),
-            time: Time::from_microseconds(row.get(2)?).unwrap_or(Time::EPOCH),
-            fingerprint: row.get(3)?,
-            log: row.get(4)?,
-        };
-        Ok((row.get::<_, String>(0)?.into(), mark))
-    })?;
-    marks.collect()
+pub(super) fn select_mark(connection: &Connection) -> rusqlite::Result<Option<Mark>> {
+    let sql = "SELECT position, appended, fingerprint, log FROM _shadowbox_checkpoint";
+    let read = |row: &rusqlite::Row<'_>| {
+        Ok(Mark {
+            position: Position(row.get::<_, i64>(0)? as u64),
+            appended: Time::from_microseconds(row.get(1)?).unwrap_or(Time::EPOCH),
+            fingerprint: row.get(2)?,
+            log: row.get(3)?,
+        })
+    };
+    connection.prepare_cached(sql)?.query_row([], read).optional()
 }
 
-/// Reads the order in which another generation took its sources, and follows it while it grows.
-pub struct Order {
-    path: PathBuf,
-    connection: Connection,
-    next: i64,
+/// The table of checkpoints had a row for each source when each source had positions of its own.
+fn is_former(connection: &Connection) -> rusqlite::Result<bool> {
+    let sql = "SELECT count(*) FROM pragma_table_info('_shadowbox_checkpoint') WHERE name = 'source'";
+    connection.prepare_cached(sql)?.query_row([], |row| row.get::<_, i64>(0)).map(|count| count > 0)
 }
 
-impl Order {
-    /// Opens the file of a generation for reading.
-    pub fn open(path: &Path) -> Result<Order, Error> {
-        Ok(Order { path: path.to_owned(), connection: read_only(path)?, next: 0 })
+fn read_mark(path: &Path, connection: &Connection) -> Result<Option<Mark>, Error> {
+    let failed = |error| Error::Sqlite { path: path.to_owned(), error };
+    if is_former(connection).map_err(failed)? {
+        return Err(Error::Former { path: path.to_owned() });
     }
+    select_mark(connection).map_err(failed)
+}
 
-    /// How far that generation has come, by source.
-    pub fn marks(&self) -> Result<Vec<(Arc<str>, Mark)>, Error> {
-        read_marks(&self.connection).map_err(|error| self.failed(error))
-    }
+/// How far the generation in a file has come, while somebody writes it or not.
+pub fn mark(path: &Path) -> Result<Option<Mark>, Error> {
+    read_mark(path, &read_only(path)?)
+}
 
-    /// The same as a checkpoint.
-    pub fn checkpoint(&self) -> Result<Checkpoint, Error> {
-        self.marks().map(|marks| checkpoint(&marks))
-    }
-
-    /// The sources of that generation, in the order by which runs number them.
-    pub fn sources(&self) -> Result<Vec<String>, Error> {
-        let sql = "SELECT manifest FROM _shadowbox_generation";
-        let manifest: String = self.connection.query_row(sql, [], |r| r.get(0)).map_err(|error| self.failed(error))?;
-        let manifest = Manifest::parse(&manifest)
-            .map_err(|e| Error::Mismatch { path: self.path.clone(), reason: e.to_string() })?;
-        Ok(manifest.sources.into_iter().map(|s| s.source).collect())
-    }
-
-    /// The runs of the next recorded commit, or None if there is none yet.
-    pub fn next_runs(&mut self) -> Result<Option<Vec<Run>>, Error> {
-        let sql = "SELECT number, runs FROM _shadowbox_order WHERE number > ? ORDER BY number LIMIT 1";
-        let row: Option<(i64, Vec<u8>)> = self
-            .connection
-            .prepare_cached(sql)
-            .and_then(|mut s| s.query_row([self.next], |r| Ok((r.get(0)?, r.get(1)?))).optional())
-            .map_err(|error| self.failed(error))?;
-        let Some((number, bytes)) = row else { return Ok(None) };
-        let runs: Vec<(u16, u64)> = rmp_serde::from_slice(&bytes).map_err(|error| Error::Mismatch {
-            path: self.path.clone(),
-            reason: format!("its merge record {number} ({}) cannot be read: {error}", hex(&bytes)),
-        })?;
-        self.next = number;
-        Ok(Some(runs.into_iter().map(|(source, to)| Run { source, to: Position(to) }).collect()))
-    }
-
-    fn failed(&self, error: rusqlite::Error) -> Error {
-        Error::Sqlite { path: self.path.clone(), error }
+/// The checkpoint that is stored; none in a file of the former kind.
+pub(super) fn stored_checkpoint(connection: &Connection) -> rusqlite::Result<Option<Position>> {
+    match select_mark(connection) {
+        Ok(mark) => Ok(mark.map(|mark| mark.position)),
+        Err(_) if is_former(connection)? => Ok(None),
+        Err(error) => Err(error),
     }
 }

@@ -1,7 +1,7 @@
 //! Views: rows, the files that hold them, and the only transaction that changes them.
 //!
-//! Each generation of a projection is one SQLite file with its views, its checkpoint, its merge record and its dead
-//! letters ([`Generation`], [`DeadLetters`]). The [`Catalogue`] says which generation is live. Reading is apart: [`query`]
+//! Each generation of a projection is one SQLite file with its views, its checkpoint and its dead letters
+//! ([`Generation`], [`DeadLetters`]). The [`Catalogue`] says which generation is live. Reading is apart: [`query`]
 //! is a typed query of one view, [`readers`] runs it, [`sql`] runs SQL over all of them, [`render`] shows rows,
 //! [`compare`] tells generations apart.
 
@@ -19,12 +19,10 @@ pub mod sql;
 
 use std::path::PathBuf;
 
-use crate::model::Checkpoint;
-
 pub use catalogue::{Catalogue, GenerationRecord, ProjectionRecord, Role};
 pub use changes::Changes;
 pub use dead_letters::{DeadLetter, DeadLetters, LetterChanges, LetterCounts, LetterState, Selector};
-pub use generation::{Commit, CommittedRows, Committer, Generation, Mark, Order, Run};
+pub use generation::{Commit, CommittedRows, Committer, Generation, Mark, mark};
 pub use row::Table;
 pub use scratch::Scratch;
 
@@ -78,9 +76,15 @@ pub enum Error {
         /// The generation's file.
         path: PathBuf,
         /// The checkpoint that the writer had.
-        expected: Checkpoint,
+        expected: String,
         /// The checkpoint that is stored.
-        found: Checkpoint,
+        found: String,
+    },
+    /// The file is of the time before the log had one order: its checkpoint means nothing now.
+    #[error("the rows of {path:?} were made before the log had one order; they are rebuilt")]
+    Former {
+        /// The generation's file.
+        path: PathBuf,
     },
     /// The file holds other views than the module declares, or is not one of ours.
     #[error("{path:?} does not hold the views of this module: {reason}; rebuild the projection")]

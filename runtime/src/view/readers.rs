@@ -14,10 +14,11 @@ use rusqlite::types::ValueRef;
 use rusqlite::{Connection, ErrorCode, OpenFlags, params_from_iter};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use super::generation::stored_checkpoint;
 use super::query::{Arguments, DECIMAL, Select, compare_decimals};
 use crate::config::limits;
 use crate::manifest::ViewSchema;
-use crate::model::{Checkpoint, Position, Time};
+use crate::model::Position;
 
 /// Why a query has no answer.
 #[derive(Debug, thiserror::Error)]
@@ -75,8 +76,8 @@ pub enum Value<'a> {
 /// What was found besides the rows.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Found {
-    /// The position to which the rows are complete.
-    pub checkpoint: Checkpoint,
+    /// The checkpoint of the rows; None before the first event, and for rows of the time before the log had one order.
+    pub checkpoint: Option<Position>,
     /// How many rows the filters select, if that was asked for.
     pub total: Option<u64>,
 }
@@ -269,7 +270,7 @@ fn snapshot(
 ) -> Result<Found, Error> {
     // Deferred: SQLite takes its snapshot with the first read, which is the checkpoint's.
     connection.prepare_cached("BEGIN DEFERRED")?.execute([])?;
-    let checkpoint = checkpoint(connection)?;
+    let checkpoint = stored_checkpoint(connection)?;
     let mut total = None;
     if select.count {
         let (sql, arguments) = select.count_sql(schema);
@@ -281,24 +282,6 @@ fn snapshot(
     each_row(&mut *connection.prepare_cached(&sql)?, arguments, row)?;
     connection.prepare_cached("COMMIT")?.execute([])?;
     Ok(Found { checkpoint, total })
-}
-
-/// How far a generation's file has come: source, position, and the time of the event there.
-pub fn read_marks(file: &Path) -> Result<Vec<(String, Position, Time)>, Error> {
-    let connection = open(file)?;
-    let mut statement = connection.prepare("SELECT source, position, time FROM _shadowbox_checkpoint")?;
-    let marks = statement.query_map([], |row| {
-        let time = Time::from_microseconds(row.get(2)?).unwrap_or(Time::EPOCH);
-        Ok((row.get(0)?, Position(row.get::<_, i64>(1)? as u64), time))
-    })?;
-    Ok(marks.collect::<rusqlite::Result<_>>()?)
-}
-
-fn checkpoint(connection: &Connection) -> rusqlite::Result<Checkpoint> {
-    let mut statement = connection.prepare_cached("SELECT source, position FROM _shadowbox_checkpoint")?;
-    // Positions are stored as SQLite's signed integers, bit for bit.
-    let position = |row: &rusqlite::Row<'_>| Ok((row.get::<_, String>(0)?, Position(row.get::<_, i64>(1)? as u64)));
-    statement.query_map([], position)?.collect()
 }
 
 /// Calls `row` for each row, with values by their storage class.
@@ -372,8 +355,8 @@ mod tests {
         writer
             .execute_batch(
                 "PRAGMA journal_mode = WAL;
-                 CREATE TABLE _shadowbox_checkpoint (source TEXT PRIMARY KEY, position INTEGER NOT NULL, time INTEGER NOT NULL);
-                 INSERT INTO _shadowbox_checkpoint VALUES ('s', 7, 1000000);
+                 CREATE TABLE _shadowbox_checkpoint (position INTEGER, appended INTEGER, fingerprint INTEGER, log TEXT);
+                 INSERT INTO _shadowbox_checkpoint VALUES (7, 1000000, 0, 'log');
                  CREATE TABLE \"order\" (\"group\" TEXT NOT NULL, n INTEGER, price TEXT, PRIMARY KEY (\"group\")) STRICT, WITHOUT ROWID;
                  INSERT INTO \"order\" VALUES ('a', 1, '10.5'), ('b', 2, '9'), ('B*', NULL, NULL), ('c', 2, '10.50');",
             )
@@ -403,7 +386,7 @@ mod tests {
         let (keys, found) = select(&Readers::default(), &file, &query).await.unwrap();
         assert_eq!(keys, expected, "{query:?}");
         assert_eq!(found.total, Some(expected.len() as u64));
-        assert_eq!(found.checkpoint.to_string(), "s=7");
+        assert_eq!(found.checkpoint, Some(Position(7)));
     }
 
     fn order(column: usize, descending: bool, nulls_first: bool) -> Order {
@@ -451,14 +434,30 @@ mod tests {
 
         writer.execute_batch("BEGIN; DELETE FROM \"order\"; UPDATE _shadowbox_checkpoint SET position = 8;").unwrap();
         let (keys, found) = select(&readers, &file, &page).await.unwrap();
-        assert_eq!((keys.len(), found.checkpoint.to_string().as_str()), (2, "s=7"), "nothing is committed yet");
+        assert_eq!((keys.len(), found.checkpoint), (2, Some(Position(7))), "nothing is committed yet");
         writer.execute_batch("COMMIT").unwrap();
         let (keys, found) = select(&readers, &file, &page).await.unwrap();
-        assert_eq!((keys.len(), found.checkpoint.to_string().as_str()), (0, "s=8"));
-        assert_eq!(
-            read_marks(&file).unwrap(),
-            [("s".to_owned(), Position(8), Time::from_microseconds(1_000_000).unwrap())]
-        );
+        assert_eq!((keys.len(), found.checkpoint), (0, Some(Position(8))));
+    }
+
+    #[tokio::test]
+    async fn rows_of_the_former_format_have_no_checkpoint() {
+        let (_folder, file, writer) = generation();
+        writer
+            .execute_batch(
+                "DROP TABLE _shadowbox_checkpoint;
+                 CREATE TABLE _shadowbox_checkpoint (source TEXT PRIMARY KEY, position INTEGER, time INTEGER);
+                 INSERT INTO _shadowbox_checkpoint VALUES ('s', 7, 1000000), ('t', 8, 1000000);",
+            )
+            .unwrap();
+        let readers = Readers::default();
+        for _ in 0..2 {
+            let (keys, found) = select(&readers, &file, &Select::all(&schema(), 10)).await.unwrap();
+            assert_eq!((keys.len(), found.checkpoint), (4, None));
+        }
+        writer.execute_batch("DROP TABLE _shadowbox_checkpoint").unwrap();
+        let neither = select(&readers, &file, &Select::all(&schema(), 10)).await;
+        assert!(matches!(neither, Err(Error::Database(_))), "{neither:?}");
     }
 
     #[tokio::test]
@@ -523,7 +522,7 @@ mod tests {
         }
         writer.execute_batch("UPDATE _shadowbox_checkpoint SET position = 8").unwrap();
         let (_, found) = select(&readers, &file, &Select::all(&schema(), 10)).await.unwrap();
-        assert_eq!(found.checkpoint.to_string(), "s=8");
+        assert_eq!(found.checkpoint, Some(Position(8)));
         let checkpointed: i64 = writer.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| row.get(0)).unwrap();
         assert_eq!(checkpointed, 0, "no snapshot is held");
     }
