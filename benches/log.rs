@@ -452,9 +452,13 @@ fn scans(report: &mut Report, rounds: u64, log: &Path, plain: &Path) -> Result<(
 
 fn bulks(report: &mut Report, rounds: u64, log: &Path) -> Result<()> {
     let mut table = table(&["appended in bulk to", "s median", "events/s"]);
-    for (kind, into) in [("log", "the log"), ("plain", "a plain table")] {
-        let run = || support::child(&["bulk", kind, Home::new("log-bulk")?.argument(), utf8(log)?]);
-        let runs = (0..rounds).map(|_| run()).collect::<Result<Vec<Bulk>>>()?;
+    let mut runs: [Vec<Bulk>; 2] = Default::default();
+    for _ in 0..rounds {
+        for (runs, kind) in runs.iter_mut().zip(["log", "plain"]) {
+            runs.push(support::child(&["bulk", kind, Home::new("log-bulk")?.argument(), utf8(log)?])?);
+        }
+    }
+    for (runs, into) in runs.iter().zip(["the log", "a plain table"]) {
         let seconds = Samples::new(runs.iter().map(|run| run.seconds)).median();
         table.add_row([into.to_owned(), format!("{seconds:.2}"), thousands(runs[0].events as f64 / seconds)]);
         report.add(&format!("bulk into {into}"), runs)?;
@@ -493,9 +497,13 @@ fn print_singles(report: &mut Report, rounds: u64) -> Result<()> {
 fn print_steady(report: &mut Report, rounds: u64, log: &Path) -> Result<()> {
     let rate = STEADY_EVENTS as f64 / STEADY_TICK.as_secs_f64();
     let mut table = table(&["rows are", "events/s", "blocks", "CPU % of a core", "CPU us an event"]);
-    for packing in ["left", "packed"] {
-        let run = || support::child(&["steady", packing, Home::new("log-steady")?.argument(), utf8(log)?]);
-        let runs = (0..rounds).map(|_| run()).collect::<Result<Vec<Steady>>>()?;
+    let mut runs: [Vec<Steady>; 2] = Default::default();
+    for _ in 0..rounds {
+        for (runs, packing) in runs.iter_mut().zip(["left", "packed"]) {
+            runs.push(support::child(&["steady", packing, Home::new("log-steady")?.argument(), utf8(log)?])?);
+        }
+    }
+    for (runs, packing) in runs.iter().zip(["left", "packed"]) {
         let median = |of: fn(&Steady) -> f64| Samples::new(runs.iter().map(of)).median();
         table.add_row([
             packing.to_owned(),

@@ -80,7 +80,10 @@ fn append_is_repeatable_and_stops_at_a_bad_line_with_its_number() {
     let error = text(&output.stderr);
     assert_eq!(output.status.code(), Some(1));
     assert!(error.contains("events.jsonl:6: ") && error.contains("id"), "{error}");
-    assert!(text(&output.stdout).contains("appended 5 events; 0 were there already\nthe first is at position 0, the last at position 4"));
+    assert!(
+        text(&output.stdout)
+            .contains("appended 5 events; 0 were there already\nthe first is at position 0, the last at position 4")
+    );
     lines.remove(5);
     let compressed = zstd::encode_all(lines.join("\n").as_bytes(), 1).unwrap();
     std::fs::write(world.directory.path().join("events.jsonl.zst"), compressed).unwrap();
@@ -150,9 +153,7 @@ fn events_come_back_as_they_were_and_can_be_followed() {
 fn queries_join_projections_and_only_read() {
     let mut world = World::running(&["order-summary", "orders-across-services"]);
     world.ok(&["append", root().join("example-plugins/orders-across-services/events.jsonl").to_str().unwrap()]);
-    world.wait_until("orders-across-services", "the sample", |p| {
-        p["lag_events"] == 0 && p["position"].is_u64()
-    });
+    world.wait_until("orders-across-services", "the sample", |p| p["lag_events"] == 0 && p["position"].is_u64());
     world.wait_live("order-summary");
     let sql = "select count(*) as n from orders o join order_summary s on s.order_id = o.order_id
                where o.total_cents = s.total_cents and o.customer is not null";

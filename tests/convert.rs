@@ -66,7 +66,8 @@ fn make_former(data: &Path) {
             .unwrap();
         }
         let (first, last) = (1_700_000_000_000_000_i64, (1_700_000_000 + EACH - 1) * 1_000_000);
-        log.execute("INSERT INTO sources VALUES (?, ?, ?, ?, ?)", params![number, source, EACH - 1, last, first]).unwrap();
+        log.execute("INSERT INTO sources VALUES (?, ?, ?, ?, ?)", params![number, source, EACH - 1, last, first])
+            .unwrap();
     }
     let view = Connection::open(data.join("views/ledger/1.sqlite")).unwrap();
     view.execute_batch(

@@ -110,7 +110,8 @@ fn a_pause_tells_everything_and_ends_when_the_policy_changes() {
     assert!(error.contains("shadowbox policy ledger park"), "{error}");
     let shown = world.ok(&["status"]);
     assert!(
-        shown.contains("event \"left-1\" (Doubtful) of source \"left\" at position 1") && shown.contains("ledger::no_debts"),
+        shown.contains("event \"left-1\" (Doubtful) of source \"left\" at position 1")
+            && shown.contains("ledger::no_debts"),
         "{shown}"
     );
 
@@ -197,9 +198,7 @@ fn what_is_skipped_is_left_out_alone() {
     assert_eq!(accounts(&world, "4"), expected(&[("a", 2, 4), ("b", 1, 5)]));
     assert_eq!(brief(&letters(&world)), [(1, 1, "skipped"), (2, 3, "skipped")]);
     let shown = world.ok(&["dead-letters", "show", "ledger", "2"]);
-    for part in
-        ["dead letter 2, skipped", "left-3 (Doubtful)", "position 3", "no debts", "ledger::no_debts"]
-    {
+    for part in ["dead letter 2, skipped", "left-3 (Doubtful)", "position 3", "no debts", "ledger::no_debts"] {
         assert!(shown.contains(part), "{part}: {shown}");
     }
     swap(&world, "ledger+mended");
@@ -220,7 +219,11 @@ fn a_full_park_pauses_and_goes_on_when_there_is_room() {
     ));
     let status = world.wait_until("ledger", "the fault", |p| p["state"] == "faulted");
     let error = status["error"].as_str().unwrap();
-    for part in ["event \"left-6\" (Doubtful) of source \"left\" at position 6", "3 dead letters already", "retry or discard some"] {
+    for part in [
+        "event \"left-6\" (Doubtful) of source \"left\" at position 6",
+        "3 dead letters already",
+        "retry or discard some",
+    ] {
         assert!(error.contains(part), "{error}");
     }
     assert_eq!(accounts(&world, "5"), expected(&[("b", 3, 3)]));

@@ -209,7 +209,9 @@ impl Life {
         assert!(strays.is_empty(), "{strays:?} were left behind\n{}", self.world.log());
         let live = self.disk.check(&self.world.data(), &self.order, |_| {});
         let last = self.order.len() - 1;
-        VIEWS.iter().for_each(|(_, view)| assert!(self.order.covers(view, live[view], Some(last)), "{live:?} of {last}"));
+        VIEWS
+            .iter()
+            .for_each(|(_, view)| assert!(self.order.covers(view, live[view], Some(last)), "{live:?} of {last}"));
         // Each event is where it was appended, once, and nothing else is there.
         let log = Order::default();
         log.read_to(self.world.directory.path(), Some(last));

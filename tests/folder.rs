@@ -40,7 +40,7 @@ fn what_is_no_projection_is_refused_with_a_sentence() {
         ("half", ledger[..ledger.len() / 2].to_vec(), "only a part of one"),
         (
             "future",
-            patched(&ledger, "shadowbox:plugin/projection@0.2.0", "shadowbox:plugin/projection@0.9.0"),
+            patched(&ledger, "shadowbox:plugin/projection@0.1.0", "shadowbox:plugin/projection@0.9.0"),
             "contract 0.9.0",
         ),
     ];

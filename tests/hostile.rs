@@ -263,8 +263,8 @@ fn hostile_plugins_stop_alone_at_the_event_and_the_others_go_on() {
     world.start();
     // While they do what they do.
     for n in 0..10 {
-        world.append(&[moved("left", n, &format!("a{n}"), n)]);
-        assert_eq!(world.rows_at("ledger", &n.to_string()).len(), n as usize + 1);
+        let at = world.append(&[moved("left", n, &format!("a{n}"), n)]);
+        assert_eq!(world.rows_at("ledger", &at).len(), n as usize + 1);
     }
     for (i, deed) in deeds.iter().enumerate() {
         let status = world.wait_until(&format!("host{i:03}"), "the fault", |p| p["state"] == "faulted");
@@ -274,8 +274,8 @@ fn hostile_plugins_stop_alone_at_the_event_and_the_others_go_on() {
         assert!(error.contains(&event) && error.contains(expected), "{error}");
         assert_eq!(world.rows_at(&format!("de{i:03}"), &(20 * i + 9).to_string()).len(), 10, "{deed}");
     }
-    world.append(&[moved("left", 10, "a10", 10)]);
-    assert_eq!(world.rows_at("ledger", "10").len(), 11);
+    let at = world.append(&[moved("left", 10, "a10", 10)]);
+    assert_eq!(world.rows_at("ledger", &at).len(), 11);
 }
 
 #[test]

@@ -11,6 +11,7 @@ mod folder;
 mod hostile;
 mod interleave;
 mod malformed;
+mod order;
 mod proof;
 mod queries;
 mod rebuild;

@@ -210,7 +210,7 @@ fn what_cannot_be_proved_is_neither_equal_nor_different() {
         assert!(code == 2 && answer.as_str().unwrap().contains(expected), "{answer}");
     };
     unknown(&["verify", "nobody"], "there is no projection \"nobody\"; there are: ledger");
-    unknown(&["verify", "ledger", "--at", "2"], "is at position 1, not at 2; no runtime is running");
+    unknown(&["verify", "ledger", "--at", "2"], "is at 1, not at 2; no runtime is running");
     unknown(&["verify", "ledger", "--at", "up=2"], "one number");
     unknown(&["plan", "missing.wasm"], "missing.wasm");
     let hash = shadowbox::plugin::hash(&module("ledger"));
@@ -330,8 +330,8 @@ fn a_plan_says_what_dropping_a_module_would_do() {
     assert!(rebuild["run"]["sandbox_memory"].as_u64() > Some(1 << 16), "{rebuild:#}");
     assert!(rebuild["run"]["process_memory"].as_u64() > rebuild["run"]["sandbox_memory"].as_u64());
 
-    // The last ten of each source, by both modules from empty views.
-    let (code, last) = plan(&world, "ledger+tweaked", &["--last", "10"]);
+    // The last twenty, by both modules from empty views.
+    let (code, last) = plan(&world, "ledger+tweaked", &["--last", "20"]);
     assert_eq!((code, &last["run"]["events"]), (0, &20.into()), "{last:#}");
     let ledger = view(&last["run"], "ledger");
     assert_eq!((&ledger["live"]["rows"], &ledger["changed"]), (&6.into(), &6.into()));

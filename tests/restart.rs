@@ -82,9 +82,7 @@ fn kill_9_in_the_middle_of_a_rebuild_ends_in_a_rebuilt_view() {
     world.wait_live("ledger");
     let answer = world.post("/projections/ledger/rebuild", "application/json", "");
     assert_eq!((answer.status, &answer.json()["generation"]), (202, &Value::from(2)));
-    world.wait_until("ledger", "the middle of the rebuild", |p| {
-        p["building"]["position"].as_u64() > Some(2_000)
-    });
+    world.wait_until("ledger", "the middle of the rebuild", |p| p["building"]["position"].as_u64() > Some(2_000));
     world.kill();
     world.start();
     // The old generation answers at once; the new one goes on by itself and is promoted.

@@ -168,9 +168,7 @@ fn kill_9_in_the_middle_of_a_rollback_ends_in_the_former_generation() {
     world.rows_at("ledger", &position);
     let answer = world.post("/projections/ledger/rollback", "application/json", "");
     assert_eq!((answer.status, &answer.json()["generation"]), (202, &Value::from(1)));
-    world.wait_until("ledger", "the middle of the rollback", |p| {
-        p["building"]["position"].as_u64() > Some(1_000)
-    });
+    world.wait_until("ledger", "the middle of the rollback", |p| p["building"]["position"].as_u64() > Some(1_000));
     for (path, expected) in [("rollback", "a rollback of projection"), ("rebuild", "a rollback of projection")] {
         let answer = world.post(&format!("/projections/ledger/{path}"), "application/json", "");
         assert!(answer.status == 409 && answer.body.contains(expected), "{}", answer.body);
@@ -199,9 +197,7 @@ fn another_module_in_the_middle_of_a_rollback_keeps_the_former_generation() {
     let position = world.append(&lines);
     world.rows_at("ledger", &position);
     world.post("/projections/ledger/rollback", "application/json", "");
-    world.wait_until("ledger", "the middle of the rollback", |p| {
-        p["building"]["position"].as_u64() > Some(1_000)
-    });
+    world.wait_until("ledger", "the middle of the rollback", |p| p["building"]["position"].as_u64() > Some(1_000));
     world.kill();
     world.drop_module("ledger", &module("ledger+v2,broken"));
     world.start();

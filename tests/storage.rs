@@ -167,10 +167,7 @@ fn a_plugin_that_takes_long_is_a_stall_that_says_so() {
     world.start();
     world.append(&[event("left", "AsksForEver", "endless", 0, serde_json::json!({}))]);
     let status = world.wait_until("hostile", "the stall", |p| p["state"] == "stalled");
-    assert!(
-        error(&status).contains("a plugin call for the event at position 500"),
-        "{status}"
-    );
+    assert!(error(&status).contains("a plugin call for the event at position 500"), "{status}");
     check_rows(&world, 500);
     assert_eq!(world.get("/readyz").json()["views"][0]["view"], "deeds");
     // What is at its head does not become stalled by standing there.
@@ -235,8 +232,9 @@ fn a_view_file_that_is_damaged_under_a_running_runtime_is_noticed_when_it_is_tou
 #[test]
 fn a_damaged_log_is_named() {
     let mut world = world();
-    world.append(&lines(500, 3_000));
-    check_rows(&world, 3_000);
+    // Two packed blocks, and rows.
+    world.append(&lines(500, 9_000));
+    check_rows(&world, 9_000);
     world.stop();
     let log = world.data().join("log.sqlite");
     let whole = std::fs::read(&log).unwrap();
@@ -246,21 +244,34 @@ fn a_damaged_log_is_named() {
     assert!(output.status.code() == Some(1), "{said}");
     assert!(said.contains("log.sqlite") && said.contains("it is damaged, restore it from a copy"), "{said}");
 
-    // Somewhere in the middle: it shows when that is read.
-    std::fs::write(&log, &whole).unwrap();
-    damage(&log, whole.len() as u64 / 2);
+    // Within a block: it shows when that is read, and only there.
+    let payloads: Vec<u8> = {
+        let copy = rusqlite::Connection::open(&log).unwrap();
+        copy.query_row("SELECT payloads FROM blocks WHERE first = 4096", [], |r| r.get(0)).unwrap()
+    };
+    let at = whole.windows(64).position(|bytes| bytes == &payloads[..64]).expect("it is in the file");
+    let mut damaged = whole.clone();
+    damaged[at + 32] ^= 0x10;
+    std::fs::write(&log, &damaged).unwrap();
     world.start();
+    check_rows(&world, 9_000);
     let rebuilding = world.run(&["rebuild", "ledger"]);
     let status = wait_for("the fault", || {
         let status = world.projection("ledger");
         error(&status).contains("log.sqlite").then_some(status)
     });
-    assert!(error(&status).contains("it is damaged, restore it from a copy"), "{status} {rebuilding:?}");
+    let expected = "events 4096 to 8191 cannot be read: ";
+    assert!(error(&status).contains(expected) && error(&status).contains("restore the log from a copy"), "{status}");
+    assert!(rebuilding.status.success(), "it began, and the live generation goes on");
+    check_rows(&world, 9_000);
+    world.append(&lines(9_000, 9_100));
+    check_rows(&world, 9_100);
     world.stop();
     std::fs::write(&log, &whole).unwrap();
+    std::fs::remove_dir_all(world.data().join("views")).unwrap();
+    std::fs::remove_file(world.data().join("catalogue.sqlite")).unwrap();
     world.start();
-    world.ok(&["rebuild", "ledger", "--wait"]);
-    check_rows(&world, 3_000);
+    check_rows(&world, 9_000);
 }
 
 #[test]

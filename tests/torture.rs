@@ -46,6 +46,9 @@ impl Dice {
     }
 }
 
+/// A position, and the events from there on.
+type Told = (u64, Vec<(&'static str, u64)>);
+
 /// What the threads know of each other.
 struct Shared {
     directory: PathBuf,
@@ -54,8 +57,8 @@ struct Shared {
     allowed: AtomicU64,
     /// What is known of the log's order.
     order: Order,
-    /// What an appender was told to be in the log, and where: a position, and the events from there on.
-    acknowledged: Mutex<Vec<(u64, Vec<(&'static str, u64)>)>>,
+    /// What an appender was told to be in the log.
+    acknowledged: Mutex<Vec<Told>>,
     /// How far readers have seen each view.
     seen: Mutex<BTreeMap<&'static str, Position>>,
     answers: AtomicU64,
@@ -383,10 +386,7 @@ fn whenever_it_is_killed_every_view_is_the_fold_of_the_log_up_to_its_position() 
             scope.spawn(|| append_over_http(&shared, Dice(seed.wrapping_add(1)))),
             scope.spawn(|| append_by_command(&shared, Dice(seed.wrapping_add(2)))),
         ];
-        let readers = [
-            scope.spawn(|| read(&shared, "ledger")),
-            scope.spawn(|| read(&shared, "order_summary")),
-        ];
+        let readers = [scope.spawn(|| read(&shared, "ledger")), scope.spawn(|| read(&shared, "order_summary"))];
         let step = (EVENTS / kills).max(20);
         while torturer.kills < kills && !appenders.iter().chain(&readers).any(|thread| thread.is_finished()) {
             shared.allowed.fetch_add(step, Ordering::Relaxed);

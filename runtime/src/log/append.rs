@@ -342,7 +342,7 @@ impl Open<'_> {
             appended.push(answers);
         }
         let has_new_names = numbering.has_new();
-        if new.len() >= limits::CHUNK_EVENTS {
+        if new.len() >= limits::CHUNK_EVENTS && self.are_few(sealed, begin)? {
             self.pack(sealed, begin, now, &new)?;
         } else {
             self.insert(begin, now, &new)?;
@@ -456,10 +456,17 @@ impl Open<'_> {
         self.sql(insert())
     }
 
+    /// Whether the rows between two positions can be packed together with what is appended.
+    fn are_few(&self, begin: u64, end: u64) -> Result<bool, Error> {
+        let sql = "SELECT coalesce(sum(length(payload) + length(metadata)), 0) FROM events";
+        let bytes = self.tx.prepare_cached(sql).and_then(|mut s| s.query_row([], |r| r.get::<_, i64>(0)));
+        Ok(end - begin <= limits::SEAL_ROWS && self.sql(bytes)? <= limits::APPEND_BYTES as i64)
+    }
+
     /// Packs new events into blocks, and the rows before them, if there are any. What is left for less than a block is
     /// rows again.
     fn pack(&mut self, sealed: u64, first: u64, now: Time, new: &[New<'_>]) -> Result<(), Error> {
-        let before = self.sql(Stretch::read(self.tx, sealed, first))?;
+        let before = self.sql(Stretch::read(self.tx, sealed, first, usize::MAX))?;
         let mut rows = before.rows();
         rows.extend((first..).zip(new).map(|(position, new)| Row {
             appended: now,
@@ -548,12 +555,16 @@ pub(super) struct Stretch {
 }
 
 impl Stretch {
-    /// The oldest rows, as many as belong into a block, if more than `keep` are left then.
+    /// The oldest rows, as many as belong into a block or as fit into one, if more than `keep` are left then.
     pub(super) fn oldest(log: &Connection, keep: u64) -> rusqlite::Result<Option<Stretch>> {
         let (sealed, _) = file::sealed(log)?;
         let size = limits::CHUNK_EVENTS as u64;
         let end = (sealed / size + 1) * size;
-        if file::head(log)?.0 < end + keep { Ok(None) } else { Stretch::read(log, sealed, end).map(Some) }
+        if file::head(log)?.0 < end + keep {
+            Ok(None)
+        } else {
+            Stretch::read(log, sealed, end, limits::CHUNK_BYTES).map(Some)
+        }
     }
 
     /// As blocks.
@@ -561,13 +572,15 @@ impl Stretch {
         pack(&self.rows())
     }
 
-    fn read(log: &Connection, begin: u64, end: u64) -> rusqlite::Result<Stretch> {
+    fn read(log: &Connection, begin: u64, end: u64, most: usize) -> rusqlite::Result<Stretch> {
         let sql =
             format!("SELECT {} FROM events WHERE position >= ? AND position < ? ORDER BY position", all_columns());
         let mut stretch = Stretch { events: Columns::new(ColumnSet::ALL), others: Vec::new() };
         let mut statement = log.prepare_cached(&sql)?;
         let mut rows = statement.query([begin as i64, end as i64])?;
-        while let Some(row) = rows.next()? {
+        while stretch.events.bytes() < most
+            && let Some(row) = rows.next()?
+        {
             let (event, appended, source, event_type) = raw(row)?;
             stretch.events.push(0, 0, event);
             stretch.others.push((appended, source, event_type));

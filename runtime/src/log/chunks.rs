@@ -186,7 +186,10 @@ impl Chunks {
         }
         let shared = &self.shared;
         self.with_reader(|reader| {
-            let mut wants = |source, event_type| select.wants(source, event_type, &shared.names);
+            // Names that another process has added are known once the block is read.
+            let mut wants = |source, event_type| {
+                !shared.names.knows(source, event_type) || select.wants(source, event_type, &shared.names)
+            };
             let first = reader.next_wanted(begin, &mut wants)?;
             let mut keys = Vec::new();
             let mut next = first;
@@ -227,12 +230,11 @@ impl Chunks {
         // Whatever happens, those who wait must not wait for ever.
         let mut loading = Loading { chunks: self, key, chunk: None };
         let read = self.with_reader(|reader| match key {
-            Key::Block(first) => reader.block(first, columns).map(Rows::Chunk),
+            Key::Block(first) => reader.block(first, columns).map(|chunk| Rows::Chunk(Arc::new(chunk))),
             Key::Rows(begin) => reader.rows(begin, columns),
         });
         match read? {
             Rows::Chunk(chunk) => {
-                let chunk = Arc::new(chunk);
                 // Rows at the head get more: they are of use only to those who look at the same moment.
                 loading.chunk = Some(chunk.clone());
                 Ok(Loaded::Chunk(chunk))

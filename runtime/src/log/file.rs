@@ -55,7 +55,10 @@ pub(super) fn connect_writer(path: &Path) -> rusqlite::Result<Connection> {
 
 /// Makes the tables of a file that is new. Answers the format of the file, and its identity if that is [`FORMAT`].
 pub(super) fn prepare(connection: &mut Connection) -> rusqlite::Result<(i64, Option<Identity>)> {
-    let tx = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    let is_made = connection.pragma_query_value(None, "user_version", |r| r.get::<_, i64>(0))? == FORMAT;
+    // A log that is there is not locked for whoever only opens it.
+    let behavior = if is_made { TransactionBehavior::Deferred } else { TransactionBehavior::Immediate };
+    let tx = connection.transaction_with_behavior(behavior)?;
     let empty: bool = tx.query_row("SELECT count(*) = 0 FROM sqlite_schema", [], |r| r.get(0))?;
     if empty {
         tx.execute_batch(SCHEMA)?;

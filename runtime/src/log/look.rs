@@ -132,7 +132,7 @@ impl EventLog {
             if let Some(id) = &filter.id {
                 let mut left = limit;
                 for position in reader.find_id(id, &mut matcher, &Hasher::new(&key))? {
-                    let found = reader.event(position)?.map(|(event, _)| event);
+                    let found = reader.event(position, ColumnSet::ALL)?.map(|(event, _)| event);
                     let Some(event) = found.filter(|event| event.position.0 >= begin && matcher.takes_event(event))
                     else {
                         continue;
@@ -167,20 +167,20 @@ impl Reader {
         let mut next = begin;
         let mut left = limit;
         let mut blocks = 0;
+        if limit == 0 {
+            return Ok(Some(begin));
+        }
         // Answers whether there is room for more.
         let mut show = |chunk: &Chunk, next: &mut u64, matcher: &Matcher<'_>| {
-            while *next < chunk.end() {
+            while *next < chunk.end() && left > 0 {
                 let event = chunk.event((*next - chunk.first()) as usize);
+                *next += 1;
                 if matcher.takes_event(&event) {
-                    if left == 0 {
-                        return false;
-                    }
                     left -= 1;
                     each(event);
                 }
-                *next += 1;
             }
-            true
+            left > 0
         };
         loop {
             if let Some((first, end)) = self.block_at(next) {

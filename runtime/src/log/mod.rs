@@ -44,7 +44,7 @@ use tokio::sync::watch;
 
 use crate::config::limits;
 use crate::manifest::Manifest;
-use crate::model::{ColumnSet, Event, NewEvent, Position, Time};
+use crate::model::{BatchColumn, ColumnSet, Event, NewEvent, Position, Time};
 
 use append::{Appender, Writer};
 use chunks::Chunks;
@@ -241,8 +241,11 @@ impl Inner {
     /// Tells everybody that the log goes on to `head`. `known` says what is in the last transaction, and where that
     /// began; what others have appended is looked up.
     fn publish(&self, head: Head, known: Option<(u64, &Counts)>) -> Result<(), Error> {
-        self.followers.publish(head, &self.shared.names, |told| match known {
-            Some((before, counts)) if before == told => Ok(counts.clone()),
+        let names = &self.shared.names;
+        self.followers.publish(head, names, |told| match known {
+            Some((before, counts)) if before == told && counts.keys().all(|(s, t)| names.knows(*s, *t)) => {
+                Ok(counts.clone())
+            }
             _ => self.chunks.with_reader(|reader| reader.counts(told, head.next)),
         })
     }
@@ -304,8 +307,6 @@ impl EventLog {
             reader.refresh_names()?;
             reader.head()
         })?;
-        let first = reader.event(Position(0))?.map_or(Time::EPOCH, |(_, appended)| appended);
-        let head = Head { first, ..head };
         Ok(EventLog {
             inner: Arc::new(Inner {
                 data: data.to_owned(),
@@ -461,13 +462,15 @@ impl EventLog {
 
     /// The event at a position, if there is one, and when it was appended.
     pub fn event(&self, position: Position) -> Result<Option<(Event, Time)>, Error> {
-        self.inner.chunks.with_reader(|reader| reader.event(position))
+        self.inner.chunks.with_reader(|reader| reader.event(position, ColumnSet::ALL))
     }
 
     /// A digest of the event at a position and when it was appended, or None if there is no such event. A checkpoint keeps
     /// it, so that a log which was replaced or rolled back is noticed. What can be forgotten of an event is not in it.
     pub fn fingerprint(&self, position: Position) -> Result<Option<(i64, Time)>, Error> {
-        Ok(self.event(position)?.map(|(Event { event: e, .. }, appended)| {
+        let set = ColumnSet::from_iter([BatchColumn::Ids, BatchColumn::Streams]);
+        let event = self.inner.chunks.with_reader(|reader| reader.event(position, set))?;
+        Ok(event.map(|(Event { event: e, .. }, appended)| {
             let mut hash = Sha256::new();
             for part in [&e.source, &e.id, &e.event_type, &e.stream] {
                 hash.update((part.len() as u64).to_le_bytes());

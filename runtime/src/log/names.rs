@@ -50,6 +50,11 @@ impl Names {
         self.table(kind).read().expect("no panics while it is held").names.len()
     }
 
+    /// Whether this process has met these numbers.
+    pub(super) fn knows(&self, source: u32, event_type: u32) -> bool {
+        (source as usize) < self.len(Kind::Source) && (event_type as usize) < self.len(Kind::Type)
+    }
+
     /// The number of a name that is known.
     pub(super) fn number(&self, kind: Kind, name: &str) -> Option<u32> {
         self.table(kind).read().expect("no panics while it is held").numbers.get(name).copied()

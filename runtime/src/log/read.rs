@@ -4,8 +4,8 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rusqlite::Connection;
 use rusqlite::types::ValueRef;
+use rusqlite::{Connection, OptionalExtension};
 
 use super::append::Stretch;
 use super::block::{self, Decoded, Section};
@@ -47,7 +47,7 @@ impl Shared {
 
 /// What there is from a position on that no block has.
 pub(super) enum Rows {
-    Chunk(Chunk),
+    Chunk(Arc<Chunk>),
     /// Nothing yet.
     None,
     /// They are in a block by now.
@@ -160,7 +160,15 @@ impl Reader {
     /// How far the log goes.
     pub(super) fn head(&self) -> Result<Head, Error> {
         let (next, appended) = self.sql(super::file::head)?;
-        Ok(Head { next, first: Time::EPOCH, appended })
+        let first = match self.shared.directory.entries().first() {
+            Some(entry) => header(&self.connection, &self.shared.failures, entry.first)?.appended().0,
+            None => self.sql(|log| {
+                let sql = "SELECT appended FROM events WHERE position = 0";
+                let first = log.prepare_cached(sql)?.query_row([], |row| row.get(0)).optional()?;
+                Ok(first.map_or(Time::EPOCH, time))
+            })?,
+        };
+        Ok(Head { next, first, appended })
     }
 
     /// See [`Stretch::oldest`].
@@ -178,7 +186,7 @@ impl Reader {
         self.snapshot(|reader| {
             let chunk = reader.sql(|log| reader.read_rows(log, begin, set))?;
             match chunk {
-                Some(chunk) if chunk.first() == begin => Ok(Rows::Chunk(chunk)),
+                Some(chunk) if chunk.first() == begin => Ok(Rows::Chunk(Arc::new(chunk))),
                 found => {
                     reader.refresh()?;
                     let sealed = found.is_some() || reader.shared.directory.end() > begin;
@@ -328,10 +336,10 @@ impl Reader {
         self.sql(|log| names.refresh(Kind::Source, log).and_then(|()| names.refresh(Kind::Type, log)))
     }
 
-    /// The event at a position, if there is one, and when it was appended.
-    pub(super) fn event(&mut self, position: Position) -> Result<Option<(Event, Time)>, Error> {
+    /// The event at a position with these columns, if there is one, and when it was appended.
+    pub(super) fn event(&mut self, position: Position, set: ColumnSet) -> Result<Option<(Event, Time)>, Error> {
         self.snapshot(|reader| {
-            let sql = format!("SELECT {} FROM events WHERE position = ?", all_columns());
+            let sql = format!("SELECT {} FROM events WHERE position = ?", columns(set));
             let found = reader.sql(|log| {
                 let mut statement = log.prepare_cached(&sql)?;
                 let mut rows = statement.query([position.0 as i64])?;
@@ -348,7 +356,7 @@ impl Reader {
             reader.refresh()?;
             let directory = &reader.shared.directory;
             let Some(first) = directory.find(position.0).map(|i| directory.entries()[i].first) else { return Ok(None) };
-            let chunk = reader.block(first, ColumnSet::ALL)?;
+            let chunk = reader.block(first, set)?;
             let i = (position.0 - first) as usize;
             Ok(Some((chunk.event(i), chunk.appended(i))))
         })

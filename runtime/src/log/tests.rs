@@ -254,6 +254,24 @@ fn an_append_wakes_only_those_who_want_it() {
 }
 
 #[test]
+fn a_source_that_another_process_has_packed_is_not_passed_over() {
+    let directory = tempfile::tempdir().unwrap();
+    let log = EventLog::open(directory.path()).unwrap();
+    log.append([made(0)]).unwrap();
+    let mut following = log.follow(&manifest(&[("new/*", &[])]), None).unwrap();
+    let mut reading = log.reading(&manifest(&[("new/*", &[])]), ColumnSet::default());
+    assert!(reading.chunk(0).unwrap().1.is_some_and(|chunk| chunk.end() == 1));
+    let elsewhere = EventLog::open(directory.path()).unwrap();
+    elsewhere.append((1..9_000).map(|n| event(n, "new/source", "New")).collect::<Vec<_>>()).unwrap();
+    // One that is there hears of it by the next append, or by and by.
+    log.append([event(9_000, "new/other", "Newer")]).unwrap();
+    assert_eq!(following.seen().behind().events, 9_000);
+    assert!(following.has_changed());
+    let (events, end) = read(&log, &manifest(&[("new/*", &["New*"])]), 1, ColumnSet::default());
+    assert_eq!((events.len(), end), (9_000, 9_001));
+}
+
+#[test]
 fn a_damaged_block_is_named_and_everything_else_can_be_read() {
     let directory = tempfile::tempdir().unwrap();
     let log = EventLog::open(directory.path()).unwrap();

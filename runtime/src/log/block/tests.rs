@@ -234,7 +234,7 @@ fn hostile_numbers_in_a_header_are_refused_before_anything_is_allocated() {
     refused(&|h| h.sections[5].bytes.raw = u32::MAX, "has a section beyond the limit");
     refused(&|h| h.sections[5].bytes.stored = 1 << 30, "has a section that grew");
     // The number of kinds, which follows 37 bytes and the number of events.
-    let mut header = block.header.clone();
+    let mut header = block.header;
     header[45..49].copy_from_slice(&u32::MAX.to_le_bytes());
     forge(&mut header);
     assert_eq!(Header::decode(&header).unwrap_err().what, "the header has more kinds than events");
