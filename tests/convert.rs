@@ -111,6 +111,17 @@ fn its_events_get_the_order_in_which_they_were_taken_and_its_views_are_rebuilt()
 }
 
 #[test]
+fn a_module_that_was_mended_meanwhile_makes_the_new_rows() {
+    let (mut world, rows) = former();
+    world.start();
+    world.drop_module("ledger", &module("ledger+tweaked"));
+    let status = world.wait_until("ledger", "the rebuild", |p| p["generation"] == 2 && p["state"] == "live");
+    assert_eq!(status["module_hash"], shadowbox::plugin::hash(&module("ledger+tweaked")));
+    let mended = world.rows_at("ledger", &(2 * EACH - 1).to_string());
+    assert_eq!((&mended[0]["digest"], &mended[0]["code"]), (&rows[0]["digest"], &2.into()));
+}
+
+#[test]
 fn a_conversion_that_is_killed_goes_on() {
     for point in ["convert.appended", "convert.moved", "convert.done"] {
         let (mut world, rows) = former();

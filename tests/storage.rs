@@ -245,6 +245,7 @@ fn a_damaged_log_is_named() {
     assert!(said.contains("log.sqlite") && said.contains("it is damaged, restore it from a copy"), "{said}");
 
     // Within a block: it shows when that is read, and only there.
+    std::fs::write(&log, &whole).unwrap();
     let payloads: Vec<u8> = {
         let copy = rusqlite::Connection::open(&log).unwrap();
         copy.query_row("SELECT payloads FROM blocks WHERE first = 4096", [], |r| r.get(0)).unwrap()

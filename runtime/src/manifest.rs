@@ -457,7 +457,7 @@ mod tests {
             (
                 "/contract",
                 json!("0.0.9"),
-                "written for contract 0.1.0; this runtime speaks 0.1.0; rebuild it with the SDK of this version",
+                "written for contract 0.0.9; this runtime speaks 0.1.0; rebuild it with the SDK of this version",
             ),
             ("/projection", json!("Über"), "\"Über\""),
             ("/version", json!(0), "version is 0"),

@@ -1,7 +1,7 @@
 //! One projection: does what its lifecycle says, one thing after the other.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use tokio::sync::{mpsc, oneshot, watch};
@@ -114,6 +114,11 @@ impl Manager {
     pub fn start(name: &str, record: Option<ProjectionRecord>, shared: Arc<Shared>) -> Manager {
         let (messages, inbox) = mpsc::unbounded_channel();
         let (notices, from_workers) = mpsc::unbounded_channel();
+        let mut record = record;
+        if let Some(record) = &mut record {
+            // A build that was interrupted by the conversion of the log begins anew.
+            record.generations.retain(|g| g.role != Role::Building || !is_former(&g.file));
+        }
         let generation = |role| record.as_ref().and_then(|r| r.role(role).cloned()).map(Slot::new);
         let (live, building) = (generation(Role::Live), generation(Role::Building));
         let state = at_rest(record.as_ref());
@@ -226,8 +231,8 @@ struct Slot {
 impl Slot {
     fn new(record: GenerationRecord) -> Slot {
         // A file that is not there yet has no checkpoint; one that cannot be read shows when it is opened for writing.
+        let former = is_former(&record.file);
         let stored = record.file.exists().then(|| view::mark(&record.file));
-        let former = matches!(stored, Some(Err(view::Error::Former { .. })));
         let checkpoint = stored.and_then(Result::ok).flatten().map(|mark| mark.position);
         let stored = record.file.exists().then(|| DeadLetters::open(&record.file).and_then(|letters| letters.counts()));
         let dead_letters = stored.and_then(Result::ok).unwrap_or_default();
@@ -259,6 +264,11 @@ impl Slot {
             fault: self.fault.clone(),
         }
     }
+}
+
+/// Whether the rows of a file were made before the log had one order.
+fn is_former(file: &Path) -> bool {
+    file.exists() && matches!(view::mark(file), Err(view::Error::Former { .. }))
 }
 
 /// A module as the lifecycle sees it.
@@ -360,8 +370,13 @@ impl Running {
         self.happened(Input::Wanted(wanted)).await;
         // Rows of the former kind are followed by nobody; what runs is the build that takes their place.
         let former = self.live.as_ref().is_some_and(|live| live.former);
-        if runs && former && matches!(self.state.building, Building::None) {
-            self.happened(Input::Rebuild).await;
+        if runs && former {
+            if matches!(self.state.live, Live::Proving { .. }) {
+                self.happened(Input::LiveProved).await;
+            }
+            if matches!(self.state.building, Building::None) {
+                self.happened(Input::Rebuild).await;
+            }
         }
     }
 
