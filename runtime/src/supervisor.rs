@@ -659,7 +659,11 @@ async fn watch_stalls(inner: Arc<Inner>) {
 fn generations(snapshot: &Snapshot) -> impl Iterator<Item = (&SnapshotGeneration, bool)> {
     let live = matches!(snapshot.state.live, Live::Running(_) | Live::Proving { .. } | Live::Waiting(_));
     let building = matches!(snapshot.state.building, Building::Running(_) | Building::Finishing(_));
-    snapshot.live.iter().map(move |g| (g, live)).chain(snapshot.building.iter().map(move |g| (g, building)))
+    snapshot
+        .live
+        .iter()
+        .map(move |g| (g, live && !g.former))
+        .chain(snapshot.building.iter().map(move |g| (g, building)))
 }
 
 /// What a generation waits for that does not move.

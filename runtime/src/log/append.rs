@@ -163,7 +163,7 @@ impl Writer {
         data: &Path,
         key: [u8; 16],
     ) -> Result<Writer, Error> {
-        let failed = |error| Error::Directory { path: data.to_owned(), error };
+        let failed = |error| Error::File { path: data.to_owned(), error };
         let turns = Turns::open(data).map_err(failed)?;
         Ok(Writer {
             shared,
@@ -188,7 +188,7 @@ impl Writer {
         run: impl FnOnce(&mut Open<'_>) -> Result<T, Error>,
     ) -> Result<T, Error> {
         let failures = self.shared.failures.clone();
-        let turn = self.turns.take().map_err(|error| Error::Directory { path: failures.0.clone(), error })?;
+        let turn = self.turns.take().map_err(|error| Error::File { path: failures.0.clone(), error })?;
         let begin = self.connection.transaction_with_behavior(TransactionBehavior::Immediate);
         let tx = begin.map_err(|error| failures.sqlite(error))?;
         let path = tx.path().unwrap_or_default().to_owned();
@@ -235,7 +235,7 @@ impl Writer {
     fn index_anew(&mut self) -> Result<(), Error> {
         let failures = self.shared.failures.clone();
         let indexed = |result: Result<_, ids::Error>| result.map_err(|failed| ids_failed(&failures, failed));
-        let turn = self.turns.take().map_err(|error| Error::Directory { path: failures.0.clone(), error })?;
+        let turn = self.turns.take().map_err(|error| Error::File { path: failures.0.clone(), error })?;
         let begin = self.connection.transaction_with_behavior(TransactionBehavior::Immediate);
         let tx = begin.map_err(|error| failures.sqlite(error))?;
         self.shared.directory.refresh(&tx, &failures)?;
@@ -458,15 +458,19 @@ impl Open<'_> {
 
     /// Whether the rows between two positions can be packed together with what is appended.
     fn are_few(&self, begin: u64, end: u64) -> Result<bool, Error> {
+        if end - begin > limits::SEAL_ROWS {
+            return Ok(false);
+        }
         let sql = "SELECT coalesce(sum(length(payload) + length(metadata)), 0) FROM events";
         let bytes = self.tx.prepare_cached(sql).and_then(|mut s| s.query_row([], |r| r.get::<_, i64>(0)));
-        Ok(end - begin <= limits::SEAL_ROWS && self.sql(bytes)? <= limits::APPEND_BYTES as i64)
+        Ok(self.sql(bytes)? <= limits::APPEND_BYTES as i64)
     }
 
     /// Packs new events into blocks, and the rows before them, if there are any. What is left for less than a block is
     /// rows again.
     fn pack(&mut self, sealed: u64, first: u64, now: Time, new: &[New<'_>]) -> Result<(), Error> {
         let before = self.sql(Stretch::read(self.tx, sealed, first, usize::MAX))?;
+        before.check(&self.shared.failures)?;
         let mut rows = before.rows();
         rows.extend((first..).zip(new).map(|(position, new)| Row {
             appended: now,
@@ -549,6 +553,9 @@ fn pack(rows: &[Row<'_>]) -> Vec<(u64, block::Block)> {
 
 /// Rows of the log, as they were read.
 pub(super) struct Stretch {
+    /// Where it begins, and where it would end if it were all read.
+    begin: u64,
+    end: u64,
     events: Columns,
     /// When each was appended, its source, and its type.
     others: Vec<(Time, u32, u32)>,
@@ -567,6 +574,15 @@ impl Stretch {
         }
     }
 
+    /// Refuses a stretch that does not begin where it should, or has gaps: what is packed, is never looked at again.
+    pub(super) fn check(&self, failures: &Failures) -> Result<(), Error> {
+        let at = |i: usize| self.begin + i as u64;
+        let missing = (0..self.events.len()).find(|&i| self.events.position(i).0 != at(i));
+        // One that ought to be there is not.
+        let missing = missing.or(self.events.is_empty().then_some(0).filter(|_| self.begin < self.end));
+        missing.map_or(Ok(()), |i| Err(failures.damaged(at(i), None, "it is not there".into())))
+    }
+
     /// As blocks.
     pub(super) fn pack(&self) -> Vec<(u64, block::Block)> {
         pack(&self.rows())
@@ -575,7 +591,7 @@ impl Stretch {
     fn read(log: &Connection, begin: u64, end: u64, most: usize) -> rusqlite::Result<Stretch> {
         let sql =
             format!("SELECT {} FROM events WHERE position >= ? AND position < ? ORDER BY position", all_columns());
-        let mut stretch = Stretch { events: Columns::new(ColumnSet::ALL), others: Vec::new() };
+        let mut stretch = Stretch { begin, end, events: Columns::new(ColumnSet::ALL), others: Vec::new() };
         let mut statement = log.prepare_cached(&sql)?;
         let mut rows = statement.query([begin as i64, end as i64])?;
         while stretch.events.bytes() < most

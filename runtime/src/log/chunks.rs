@@ -12,7 +12,7 @@ use super::Error;
 use super::read::{Reader, Rows, Shared, owned};
 use super::select::Select;
 use crate::config::limits;
-use crate::model::{ColumnSet, Columns, Event, Time};
+use crate::model::{ColumnSet, Columns, Event, Position, Time};
 
 /// Consecutive events of the log; never empty.
 pub struct Chunk {
@@ -73,6 +73,12 @@ impl Chunk {
         owned(self.events.get(i), &self.sources[usize::from(source)].1, &self.types[usize::from(event_type)].1)
     }
 
+    /// The event at a position that is in it, and when it was appended.
+    pub(super) fn at(&self, position: Position) -> (Event, Time) {
+        let i = (position.0 - self.first()) as usize;
+        (self.event(i), self.appended(i))
+    }
+
     /// What it takes in memory, about.
     fn bytes(&self) -> usize {
         self.events.bytes() + 16 * self.appended.len() + 24 * (self.sources.len() + self.types.len()) + 1024
@@ -108,6 +114,8 @@ struct State {
     /// Those that are ready, oldest first.
     order: VecDeque<Key>,
     bytes: usize,
+    /// The last one that was ended by the head of the log.
+    partial: Option<Key>,
     /// To be read ahead.
     ahead: VecDeque<(Key, ColumnSet)>,
     stopped: bool,
@@ -179,6 +187,16 @@ impl Chunks {
         }
     }
 
+    /// The block that has a position, from memory if it is there: whoever wants one event of it wants others.
+    pub(super) fn block_at(&self, position: Position) -> Result<Option<Arc<Chunk>>, Error> {
+        let directory = &self.shared.directory;
+        let Some(first) = directory.find(position.0).map(|i| directory.entries()[i].first) else { return Ok(None) };
+        match self.load(Key::Block(first), ColumnSet::ALL)? {
+            Loaded::Chunk(chunk) => Ok(Some(chunk)),
+            Loaded::None | Loaded::Sealed => Ok(None),
+        }
+    }
+
     /// The next blocks that have something that is wanted.
     fn wanted_blocks(&self, begin: u64, select: &mut Select) -> Result<Blocks, Error> {
         if self.shared.directory.end() <= begin {
@@ -235,7 +253,6 @@ impl Chunks {
         });
         match read? {
             Rows::Chunk(chunk) => {
-                // Rows at the head get more: they are of use only to those who look at the same moment.
                 loading.chunk = Some(chunk.clone());
                 Ok(Loaded::Chunk(chunk))
             }
@@ -313,6 +330,12 @@ impl State {
     }
 
     fn insert(&mut self, key: Key, chunk: Arc<Chunk>) {
+        // Rows at the head get more: what ends there is of use only to those who look at the same moment.
+        if !chunk.is_full
+            && let Some(old) = self.partial.replace(key).filter(|old| *old != key)
+        {
+            self.remove(old);
+        }
         self.bytes += chunk.bytes();
         self.slots.insert(key, Slot::Ready(chunk));
         self.order.push_back(key);

@@ -25,6 +25,14 @@ const SAY: Duration = Duration::from_secs(2);
 /// The format in which each source had positions of its own.
 pub(super) const FORMER_FORMAT: i64 = 1;
 
+/// Held while a log is opened or converted. The lock is the operating system's: it goes with the process.
+pub(super) fn lock(data: &Path) -> Result<fs::File, Error> {
+    let path = data.join("log.convert");
+    let lock = fs::File::options().write(true).create(true).truncate(false).open(&path);
+    let locked = lock.and_then(|lock| lock.lock().map(|()| lock));
+    locked.map_err(|error| Error::File { path, error })
+}
+
 /// Ends a conversion that was interrupted between its last two steps.
 pub(super) fn resume(data: &Path) -> Result<(), Error> {
     if !data.join(FILE).exists() && data.join(FORMER).exists() && data.join(NEW).exists() {
@@ -33,17 +41,10 @@ pub(super) fn resume(data: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-/// Converts the log of a directory, which is of the former format. Nobody else may have it open.
+/// Converts the log of a directory, which is of the former format. Nobody else may have it open; [`lock`] is held.
 pub(super) fn convert(data: &Path) -> Result<(), Error> {
-    let path = data.join("log.convert");
-    let failed = |error| Error::Directory { path: path.clone(), error };
-    let lock = fs::File::options().write(true).create(true).truncate(false).open(&path).map_err(failed)?;
-    lock.lock().map_err(failed)?;
-    if format(&data.join(FILE))? != FORMER_FORMAT {
-        // Somebody was faster.
-        return Ok(());
-    }
-    let mut former = Former::open(&data.join(FILE), &generations(data))?;
+    let path = data.join(FILE);
+    let mut former = Former::open(&path, &generations(data))?;
     let events = former.len();
     tracing::info!(
         events,
@@ -65,7 +66,7 @@ pub(super) fn convert(data: &Path) -> Result<(), Error> {
     drop(former);
     if log.head_now().next != events {
         let what = format!("{} of its {events} events have been converted", log.head_now().next);
-        return Err(Error::Conversion { path: data.join(FILE), what });
+        return Err(Error::Conversion { path, what });
     }
     log.tidy();
     drop(log);
@@ -96,11 +97,6 @@ fn generations(data: &Path) -> Vec<PathBuf> {
     live().unwrap_or_default()
 }
 
-fn format(path: &Path) -> Result<i64, Error> {
-    let read = || Connection::open(path)?.pragma_query_value(None, "user_version", |r| r.get(0));
-    read().map_err(|error| Failures(path.to_owned()).sqlite(error))
-}
-
 /// Has the file alone be all of the database.
 fn close(path: &Path) -> Result<(), Error> {
     let close = || -> rusqlite::Result<()> {
@@ -118,5 +114,5 @@ fn rename(data: &Path, from: &str, to: &str) -> Result<(), Error> {
         fs::rename(data.join(from), data.join(to))?;
         fs::File::open(data)?.sync_all()
     };
-    rename().map_err(|error| Error::Directory { path: data.join(from), error })
+    rename().map_err(|error| Error::File { path: data.join(from), error })
 }

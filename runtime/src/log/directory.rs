@@ -80,8 +80,9 @@ impl Directory {
         (index < entries.len()).then_some(index)
     }
 
-    /// Reads of the blocks that were added since the last time.
-    pub(super) fn refresh(&self, log: &Connection, failures: &Failures) -> Result<(), Error> {
+    /// Reads of the blocks that were added since the last time. Answers the position after the last block: others may add
+    /// more at any moment, which a transaction that began before does not see.
+    pub(super) fn refresh(&self, log: &Connection, failures: &Failures) -> Result<u64, Error> {
         let mut entries = self.entries.write().expect("no panics while it is held");
         let mut read = || -> rusqlite::Result<Result<(), (u64, String)>> {
             let mut end = entries.last().map_or(0, Entry::end);
@@ -107,7 +108,7 @@ impl Directory {
             Ok(Ok(()))
         };
         match read() {
-            Ok(Ok(())) => Ok(()),
+            Ok(Ok(())) => Ok(entries.last().map_or(0, Entry::end)),
             Ok(Err((first, what))) => Err(failures.damaged(first, None, what)),
             Err(error) => Err(failures.sqlite(error)),
         }

@@ -102,7 +102,7 @@ impl Followers {
                 follower.add(&counts, head.appended, names);
             }
         }
-        let first = if board.head.next == 0 { head.appended } else { board.head.first };
+        let first = if board.head.next == 0 { head.first } else { board.head.first };
         board.head = Head { first, ..head };
         // Whoever waits for a position asks the followers next, so those come first.
         self.head.send_replace(board.head);
@@ -123,10 +123,12 @@ impl Followers {
         let mut wanted = select.count(&count(begin, seen.next)?, names);
         let mut board = self.board();
         wanted += select.count(&count(seen.next.max(begin), board.head.next)?, names);
+        // What nobody has been told of yet may be committed already: workers read the file, not what is told.
+        let taken = select.count(&count(board.head.next, begin)?, names);
         let since = (wanted > 0).then_some(Time::EPOCH);
         let follower = Arc::new(Follower {
             select: Mutex::new(select),
-            state: Mutex::new(State { wanted, taken: 0, since, checkpoint }),
+            state: Mutex::new(State { wanted, taken, since, checkpoint }),
             wake: watch::Sender::new(wanted),
         });
         board.followers.push(Arc::downgrade(&follower));
@@ -151,7 +153,7 @@ impl Follower {
         let new = self.select.lock().expect("no panics while it is held").count(counts, names);
         if new > 0 {
             let mut state = self.state();
-            if state.wanted == state.taken {
+            if state.wanted <= state.taken && state.wanted + new > state.taken {
                 state.since = Some(appended);
             }
             state.wanted += new;
@@ -185,7 +187,7 @@ impl Following {
         let mut state = self.seen.follower.state();
         state.taken += events;
         state.checkpoint = checkpoint;
-        if state.taken == state.wanted {
+        if state.taken >= state.wanted {
             state.since = None;
         }
     }

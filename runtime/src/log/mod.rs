@@ -85,6 +85,14 @@ pub enum Error {
         /// What the system said.
         error: std::io::Error,
     },
+    /// A file beside the log, which says whose turn it is, cannot be opened or locked; or the log cannot be renamed.
+    #[error("{path:?}: {error}")]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// What the system said.
+        error: std::io::Error,
+    },
     /// The file is an SQLite database, but not a log that this version can read.
     #[error("{path:?} is not an event log of this version of shadowbox (format {found}, expected {expected})")]
     Format {
@@ -174,7 +182,7 @@ impl Error {
     pub fn is_transient(&self) -> bool {
         match self {
             Error::Sqlite { error, .. } => !is_damage(error),
-            Error::Directory { .. } | Error::Busy { .. } => true,
+            Error::Directory { .. } | Error::File { .. } | Error::Busy { .. } => true,
             _ => false,
         }
     }
@@ -281,6 +289,8 @@ impl EventLog {
     /// the former format is converted first, which takes some seconds a million events.
     pub fn open(data: &Path) -> Result<EventLog, Error> {
         std::fs::create_dir_all(data).map_err(|error| Error::Directory { path: data.to_owned(), error })?;
+        // Nobody opens a file that is about to have another name.
+        let _lock = convert::lock(data)?;
         convert::resume(data)?;
         match EventLog::open_file(data, FILE) {
             Err(Error::Format { found: convert::FORMER_FORMAT, .. }) => {
@@ -350,7 +360,7 @@ impl EventLog {
     /// process that does this just now is left to it.
     pub fn seal(&self, keep: u64) -> Result<(), Error> {
         let path = self.inner.data.join("log.seal");
-        let failed = |error| Error::Directory { path: path.clone(), error };
+        let failed = |error| Error::File { path: path.clone(), error };
         let lock = std::fs::File::options().write(true).create(true).truncate(false).open(&path).map_err(failed)?;
         match lock.try_lock() {
             Ok(()) => {}
@@ -362,6 +372,7 @@ impl EventLog {
             self.inner.check_place()?;
             let stretch = self.inner.chunks.with_reader(|reader| reader.oldest_rows(keep))?;
             let Some(stretch) = stretch else { break };
+            stretch.check(&self.inner.shared.failures)?;
             // Appends go on meanwhile.
             let blocks = stretch.pack();
             if !self.inner.appender.with_writer(|writer| writer.seal(&stretch, &blocks))? {
@@ -462,7 +473,10 @@ impl EventLog {
 
     /// The event at a position, if there is one, and when it was appended.
     pub fn event(&self, position: Position) -> Result<Option<(Event, Time)>, Error> {
-        self.inner.chunks.with_reader(|reader| reader.event(position, ColumnSet::ALL))
+        match self.inner.chunks.block_at(position)? {
+            Some(block) => Ok(Some(block.at(position))),
+            None => self.inner.chunks.with_reader(|reader| reader.event(position, ColumnSet::ALL)),
+        }
     }
 
     /// A digest of the event at a position and when it was appended, or None if there is no such event. A checkpoint keeps

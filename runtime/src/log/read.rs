@@ -153,7 +153,7 @@ impl Reader {
     }
 
     /// Looks for blocks of other processes.
-    pub(super) fn refresh(&self) -> Result<(), Error> {
+    pub(super) fn refresh(&self) -> Result<u64, Error> {
         self.shared.directory.refresh(&self.connection, &self.shared.failures)
     }
 
@@ -189,7 +189,11 @@ impl Reader {
                 Some(chunk) if chunk.first() == begin => Ok(Rows::Chunk(Arc::new(chunk))),
                 found => {
                     reader.refresh()?;
-                    let sealed = found.is_some() || reader.shared.directory.end() > begin;
+                    let sealed = reader.shared.directory.end() > begin;
+                    if found.is_some() && !sealed {
+                        let what = "it is not there, but later ones are".to_owned();
+                        return Err(reader.shared.failures.damaged(begin, None, what));
+                    }
                     Ok(if sealed { Rows::Sealed } else { Rows::None })
                 }
             }
@@ -207,6 +211,10 @@ impl Reader {
         let mut is_full = false;
         while let Some(row) = rows.next()? {
             let (event, when, source, event_type) = raw(row)?;
+            if !events.is_empty() && event.position.0 != begin + events.len() as u64 {
+                // What is missing shows when the next chunk is asked for.
+                break;
+            }
             events.push(sources.index(source), types.index(event_type), event);
             match appended.last_mut() {
                 Some((end, time)) if *time == when => *end += 1,
@@ -266,13 +274,14 @@ impl Reader {
             return Ok(counts);
         }
         self.snapshot(|reader| {
-            reader.refresh()?;
+            // The first look of the transaction: it sees the blocks before this, and the rows after it.
+            let sealed = reader.refresh()?;
             let shared = reader.shared.clone();
             let mut partial = Vec::new();
             {
                 let entries = shared.directory.entries();
                 let from = entries.partition_point(|entry| entry.end() <= begin);
-                for entry in entries[from..].iter().take_while(|entry| entry.first < end) {
+                for entry in entries[from..].iter().take_while(|entry| entry.first < end.min(sealed)) {
                     if entry.first < begin || entry.end() > end {
                         partial.push(entry.first);
                         continue;
@@ -338,9 +347,9 @@ impl Reader {
 
     /// The event at a position with these columns, if there is one, and when it was appended.
     pub(super) fn event(&mut self, position: Position, set: ColumnSet) -> Result<Option<(Event, Time)>, Error> {
-        self.snapshot(|reader| {
-            let sql = format!("SELECT {} FROM events WHERE position = ?", columns(set));
-            let found = reader.sql(|log| {
+        let sql = format!("SELECT {} FROM events WHERE position = ?", columns(set));
+        let found = self.snapshot(|reader| {
+            reader.sql(|log| {
                 let mut statement = log.prepare_cached(&sql)?;
                 let mut rows = statement.query([position.0 as i64])?;
                 let Some(row) = rows.next()? else { return Ok(None) };
@@ -349,17 +358,17 @@ impl Reader {
                 let source = names.names(Kind::Source, &[source], log)?.remove(0);
                 let event_type = names.names(Kind::Type, &[event_type], log)?.remove(0);
                 Ok(Some((owned(event, &source, &event_type), appended)))
-            })?;
-            if found.is_some() {
-                return Ok(found);
-            }
-            reader.refresh()?;
-            let directory = &reader.shared.directory;
-            let Some(first) = directory.find(position.0).map(|i| directory.entries()[i].first) else { return Ok(None) };
-            let chunk = reader.block(first, set)?;
-            let i = (position.0 - first) as usize;
-            Ok(Some((chunk.event(i), chunk.appended(i))))
-        })
+            })
+        })?;
+        if found.is_some() {
+            return Ok(found);
+        }
+        // Blocks stay as they are, so this need not be the same moment.
+        self.refresh()?;
+        let directory = &self.shared.directory;
+        let Some(first) = directory.find(position.0).map(|i| directory.entries()[i].first) else { return Ok(None) };
+        let chunk = self.block(first, set)?;
+        Ok(Some(chunk.at(position)))
     }
 }
 

@@ -272,6 +272,36 @@ fn a_source_that_another_process_has_packed_is_not_passed_over() {
 }
 
 #[test]
+fn what_is_committed_before_it_is_told_of_does_not_wait() {
+    let directory = tempfile::tempdir().unwrap();
+    let log = EventLog::open(directory.path()).unwrap();
+    let elsewhere = EventLog::open(directory.path()).unwrap();
+    elsewhere.append((0..10).map(|n| event(n, "orders", "T")).collect::<Vec<_>>()).unwrap();
+    // Whoever reads the file may be further than this handle has looked.
+    let following = log.follow(&manifest(&[("orders", &[])]), Some(Position(9))).unwrap();
+    log.append([event(10, "orders", "T")]).unwrap();
+    assert_eq!(following.seen().behind().events, 1);
+    following.took(1, Some(Position(10)));
+    assert_eq!((following.seen().behind().since, following.seen().complete()), (None, Some(Position(10))));
+    log.append([event(11, "fleet", "T")]).unwrap();
+    assert_eq!(following.seen().complete(), Some(Position(11)));
+}
+
+#[test]
+fn a_row_that_is_missing_is_named() {
+    let directory = tempfile::tempdir().unwrap();
+    let log = EventLog::open(directory.path()).unwrap();
+    log.append((0..100).map(made).collect::<Vec<_>>()).unwrap();
+    let file = rusqlite::Connection::open(directory.path().join("log.sqlite")).unwrap();
+    file.execute("DELETE FROM events WHERE position = 50", []).unwrap();
+    let mut reading = log.reading(&manifest(&[("*", &[])]), ColumnSet::ALL);
+    assert_eq!(reading.chunk(0).unwrap().1.unwrap().end(), 50, "what comes before can be read");
+    assert!(reading.chunk(50).err().expect("a gap").to_string().contains("events 50 to ? cannot be read"));
+    let error = log.append((100..9_000).map(made).collect::<Vec<_>>()).unwrap_err().to_string();
+    assert!(error.contains("events 50 to ?"), "{error}");
+}
+
+#[test]
 fn a_damaged_block_is_named_and_everything_else_can_be_read() {
     let directory = tempfile::tempdir().unwrap();
     let log = EventLog::open(directory.path()).unwrap();

@@ -5,9 +5,12 @@
 //! who wants one waits for `log.next`, then for `log.turn`, and gives `log.next` back. Whoever has just had a turn finds
 //! the next one waiting there.
 
-use std::fs::File;
+use std::fs::{File, TryLockError};
 use std::io;
 use std::path::Path;
+use std::time::{Duration, Instant};
+
+use crate::config::limits;
 
 /// The two lock files of a log.
 pub(super) struct Turns {
@@ -24,12 +27,31 @@ impl Turns {
         Ok(Turns { next: open("log.next")?, turn: open("log.turn")? })
     }
 
-    /// Waits for a turn. The locks are the operating system's: they go with their process, however that ends.
+    /// Waits for a turn, as long as for a lock of the database. The locks are the operating system's: they go with their
+    /// process, however that ends; but a process that was halted keeps them.
     pub(super) fn take(&mut self) -> io::Result<Turn<'_>> {
-        self.next.lock()?;
-        let taken = self.turn.lock();
+        let end = Instant::now() + limits::DATABASE_BUSY;
+        lock(&self.next, end)?;
+        let taken = lock(&self.turn, end).map(|()| Turn(&self.turn));
         self.next.unlock()?;
-        taken.map(|()| Turn(&self.turn))
+        taken
+    }
+}
+
+/// How often is looked at a lock that somebody has. A transaction takes a millisecond or two.
+const LOOK: Duration = Duration::from_millis(1);
+
+fn lock(file: &File, end: Instant) -> io::Result<()> {
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(()),
+            Err(TryLockError::Error(error)) => return Err(error),
+            Err(TryLockError::WouldBlock) if Instant::now() >= end => {
+                let message = "another process has had its turn to write for too long; look whether it was halted";
+                return Err(io::Error::new(io::ErrorKind::TimedOut, message));
+            }
+            Err(TryLockError::WouldBlock) => std::thread::sleep(LOOK),
+        }
     }
 }
 

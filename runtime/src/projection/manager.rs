@@ -90,6 +90,8 @@ pub struct SnapshotGeneration {
     pub reached: Reached,
     /// The event at which it stands.
     pub fault: Option<Arc<FailureReport>>,
+    /// Its rows were made before the log had one order, and nobody follows for it.
+    pub former: bool,
 }
 
 enum Message {
@@ -262,6 +264,7 @@ impl Slot {
             progress: self.progress.subscribe(),
             reached: self.reached.clone(),
             fault: self.fault.clone(),
+            former: self.former,
         }
     }
 }

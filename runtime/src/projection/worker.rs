@@ -433,7 +433,8 @@ impl Work {
     }
 
     fn finish(&mut self, session: &mut Session) -> Result<(), Leave> {
-        let due = session.has_uncommitted();
+        // What was passed over is noted, too: nobody else knows it when this is gone.
+        let due = session.has_uncommitted() || session.complete() > session.checkpoint();
         self.commit(session, due, true)?;
         Err(Leave::Stopped)
     }
