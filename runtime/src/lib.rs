@@ -7,7 +7,7 @@
 //! - [`manifest`]: what a plugin declares about itself.
 //! - [`config`]: configuration, and every limit with its reason.
 //! - [`fault`]: the steps at which tests let the process die or an operation fail.
-//! - [`log`]: where events come from.
+//! - [`log`]: where events come from: one sequence of all sources, whose order is decided once, for everybody.
 //! - [`plugin`]: all of wasmtime: the engine, one sandboxed instance, the watched folder.
 //! - [`view`]: rows, the files that hold them, the only transaction that changes them, and queries.
 //! - [`projection`]: where these three meet: the loop read, apply, commit, and what happens to generations.
@@ -20,8 +20,9 @@
 //! 1. Rows and checkpoint change in one transaction, by one function ([`view::Generation::commit`]), which compares the
 //!    stored checkpoint with the one it expects. Whoever is behind the fence loses, loudly. A commit of unknown outcome
 //!    is never retried: the generation is opened anew, and what is found there counts.
-//! 2. A view is a pure function of the log: a plugin sees no clock, no randomness, no files, no network and no batch
-//!    boundaries. Guest memory is only a cache; any instance may be dropped between two batches.
+//! 2. A view is a pure function of the log and its module. The log decides the order of events, so a position is one
+//!    number; a plugin sees no clock, no randomness, no files, no network and no batch boundaries. Guest memory is only a
+//!    cache; any instance may be dropped between two batches.
 //! 3. Nothing is skipped in silence. On any failure the default is to stop that projection at that event, loudly, and
 //!    to leave the others alone.
 //! 4. Every queue, batch, retry, deadline, memory and answer has a limit in [`config`].

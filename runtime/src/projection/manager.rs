@@ -686,7 +686,10 @@ impl Running {
                 }
             }
             Action::Finish => {
-                let target = self.live.as_ref().expect("it has stopped").reached.now();
+                let live = self.live.as_ref().expect("it has stopped");
+                // Its last commit may have happened although its worker heard of an error; readers have seen it then.
+                let stored = view::mark(&live.record.file).ok().flatten().map(|mark| mark.position);
+                let target = live.reached.now().max(stored);
                 let building = self.building.as_ref().and_then(|b| b.worker.as_ref()).expect("it runs");
                 building.tell(Command::Finish(target));
             }
