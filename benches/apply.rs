@@ -126,11 +126,12 @@ fn write_batches(path: &Path, batch: usize, payload: usize) -> Result<(usize, f6
             id: id.as_bytes(),
             metadata: b"",
             payload: data.as_bytes(),
+            forgotten: false,
         };
         columns.push(0, what as u16, event);
         if columns.len() == batch || i + 1 == events {
             let began = Instant::now();
-            let encoded = columns.encode(&sources, &types, wanted);
+            let encoded = columns.encode(&sources, &types, wanted, false);
             encoding += began.elapsed().as_secs_f64();
             file.extend_from_slice(&u32::try_from(encoded.len())?.to_le_bytes());
             file.extend_from_slice(&encoded);

@@ -31,6 +31,8 @@ struct Life {
     fillers: u64,
     /// Whether it comes to the steps of packing, which takes many events.
     packs: bool,
+    /// Whether it comes to those of forgetting.
+    forgets: bool,
     /// Everything that is appended or is about to be.
     order: Arc<Order>,
 }
@@ -50,7 +52,9 @@ impl Life {
         world.drop_module("ledger", &module("ledger"));
         world.drop_module("order-summary", &module("order-summary"));
         let packs = fault.as_ref().is_some_and(|fault| is_packing(fault));
-        Life { world, disk: Disk::default(), fault, deaths: 0, chunks: 0, fillers: 0, packs, order: Arc::default() }
+        let forgets = fault.as_ref().is_some_and(|fault| fault.starts_with("forget."));
+        let (disk, order) = (Disk::default(), Arc::default());
+        Life { world, disk, fault, deaths: 0, chunks: 0, fillers: 0, packs, forgets, order }
     }
 
     fn start(&mut self) {
@@ -115,6 +119,22 @@ impl Life {
         }
     }
 
+    /// Forgets an event that no projection wants.
+    fn forget(&mut self) {
+        self.order.announce(FILLER, 0..1);
+        let body = format!("{{\"source\": \"{FILLER}\", \"id\": \"{FILLER}-0\"}}");
+        let forget = |world: &World| {
+            post(world, &[line(FILLER, 0)])
+                && support::post(&world.url("/forget"), "application/json", &body).is_some_and(|a| a.status == 200)
+        };
+        let forgotten = |world: &World| {
+            let done = support::get(&world.url("/forgettings"), &[])?.json();
+            let [done] = done.as_array()?.as_slice() else { return Some(false) };
+            Some(done["ended"].is_string() && done["events"] == 1)
+        };
+        self.until("a forgetting", forget, forgotten);
+    }
+
     /// Waits until views have everything, and checks their rows.
     fn reached(&mut self, views: &[(&str, &'static str)]) {
         let order = self.order.clone();
@@ -174,6 +194,9 @@ impl Life {
         self.append();
         if self.packs {
             self.fill();
+        }
+        if self.forgets {
+            self.forget();
         }
         for name in ["ledger+tweaked", "ledger"] {
             self.swap(name);
@@ -337,7 +360,7 @@ fn what_fails_always_at_any_step_is_said_loudly_and_the_others_go_on() {
         let of = match name {
             "module.written" => shadowbox::plugin::hash(&module("ledger")),
             "cache.written" => String::new(),
-            name if name.starts_with("append.") || is_packing(name) => String::new(),
+            name if name.starts_with("append.") || name.starts_with("forget.") || is_packing(name) => String::new(),
             _ => "ledger".to_owned(),
         };
         let fault = format!("{name}@{of}=error");
@@ -382,6 +405,20 @@ fn what_fails_always_at_any_step_is_said_loudly_and_the_others_go_on() {
                 life.live();
                 assert!(life.world.log().contains("cannot pack events"), "{}", life.world.log());
             }
+            // Whoever asks hears of it, and may ask again.
+            "forget.begun" | "forget.written" => {
+                life.append();
+                assert!(post(&life.world, &[line(FILLER, 0)]));
+                life.order.announce(FILLER, 0..1);
+                let body = format!("{{\"source\": \"{FILLER}\", \"id\": \"{FILLER}-0\"}}");
+                let answer = life.world.post("/forget", "application/json", &body);
+                assert!(
+                    answer.status == 500 && answer.body.contains("goes on when it is asked for again"),
+                    "{}",
+                    answer.body
+                );
+                life.append();
+            }
             "module.written" => {
                 life.append_only();
                 said(&mut life, "the refusal", refused);
@@ -393,7 +430,7 @@ fn what_fails_always_at_any_step_is_said_loudly_and_the_others_go_on() {
                 said(&mut life, "the fault", error);
                 life.reached(OTHER);
             }
-            "generation.fenced" => {
+            "generation.fenced" | "generation.origin" => {
                 faulted(&mut life);
                 said(&mut life, "the fault", error);
                 life.append_only();
@@ -440,7 +477,8 @@ fn a_view_does_not_go_back_if_the_commit_before_its_promotion_only_seems_to_fail
     let fault = "commit.done@/1.sqlite=error:1,promote.shown=kill";
     let (disk, order) = (Disk::default(), Arc::<Order>::default());
     order.announce("left", 0..20_000);
-    let mut life = Life { world, disk, fault: None, deaths: 0, chunks: 0, fillers: 0, packs: false, order };
+    let mut life =
+        Life { world, disk, fault: None, deaths: 0, chunks: 0, fillers: 0, packs: false, forgets: false, order };
     life.world.try_start(&[], Some(fault)).unwrap();
     ask_for_rebuild(&life.world);
     let status = wait_for("the promotion", || life.world.ended());

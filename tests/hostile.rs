@@ -120,7 +120,9 @@ impl Bench {
         changes.absorb(&tables, large_row()).unwrap();
         let (changes, module_hash) = (Arc::new(changes), module.hash.clone());
         let letters = shadowbox::view::LetterChanges::default();
-        generation.commit(&Commit { mark: None, changes, module: module_hash, letters, rests: true }).unwrap();
+        generation
+            .commit(&Commit { mark: None, changes, module: module_hash, letters, origin: None, rests: true })
+            .unwrap();
         let rows = Arc::new(Mutex::new(Stored(generation.rows().unwrap())));
         Bench { module, rows, tables, _directory: directory }
     }
@@ -132,10 +134,11 @@ impl Bench {
         for (position, kind) in [(0, 0), (1, 1), (2, 0)] {
             let (position, payload) = (Position(position), if kind == 1 { payload } else { b"{}" });
             let (stream, id, metadata) = (&b"s"[..], &b"id"[..], &b""[..]);
-            let raw = RawEvent { position, time: Time::EPOCH, version: 0, stream, id, metadata, payload };
+            let raw =
+                RawEvent { position, time: Time::EPOCH, version: 0, stream, id, metadata, payload, forgotten: false };
             batch.push(0, kind, raw);
         }
-        let encoded = batch.encode(&["left".into()], &types, self.module.manifest.batch);
+        let encoded = batch.encode(&["left".into()], &types, self.module.manifest.batch, false);
         let applied = self.module.instantiate(self.rows.clone()).and_then(|mut instance| instance.apply(&encoded));
         let changes = applied.map_err(|failure: Failure| failure.to_string())?;
         let mut pending = Changes::default();

@@ -8,6 +8,7 @@ mod failures;
 mod faults;
 mod flights;
 mod folder;
+mod forget;
 mod hostile;
 mod interleave;
 mod malformed;

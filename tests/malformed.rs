@@ -312,7 +312,7 @@ fn whatever_is_taken_of_an_answer_can_be_stored_and_reads_back_the_same() {
         let mark = Mark { position, appended: shadowbox::model::Time::EPOCH, fingerprint: 0, log: "l".into() };
         let (mark, changes) = (Some(mark), Arc::new(pending));
         let letters = shadowbox::view::LetterChanges::default();
-        let commit = Commit { mark, changes: changes.clone(), module: "m".into(), letters, rests: false };
+        let commit = Commit { mark, changes: changes.clone(), module: "m".into(), letters, origin: None, rests: false };
         let mut generation = generation.borrow_mut();
         generation.commit(&commit).map_err(|e| TestCaseError::fail(e.to_string()))?;
         // Each element as it was answered, the last one for a key being what counts.

@@ -14,7 +14,7 @@ pub struct Event<'a, T> {
     pub position: u64,
     /// The id, unique in its source.
     pub id: &'a str,
-    /// The stream, such as one order; empty if the log has none.
+    /// The stream, such as one order; empty if the log has none, or if its name was forgotten.
     pub stream: &'a str,
     /// The version in its stream; 0 where the log does not say.
     pub version: u64,
@@ -26,6 +26,9 @@ pub struct Event<'a, T> {
     pub metadata: &'a str,
     /// The payload's bytes as they came, for payloads that are not JSON.
     pub payload: &'a [u8],
+    /// Its content was forgotten: payload and metadata are empty. Always false unless the projection asks for such
+    /// events, with `forgotten` in [`#[projection]`](macro@crate::projection).
+    pub forgotten: bool,
     /// The payload, parsed.
     pub data: T,
 }
@@ -76,6 +79,8 @@ pub struct Payload<'a> {
     pub(crate) bytes: &'a [u8],
     /// The same as text, if the whole column is known to be UTF-8: `serde_json` need not look again.
     pub(crate) text: Option<&'a str>,
+    /// Whether it is empty because it was forgotten.
+    pub(crate) forgotten: bool,
 }
 
 impl<'a> Payload<'a> {
@@ -86,7 +91,14 @@ impl<'a> Payload<'a> {
             Some(text) => serde_json::from_str(text),
             None => serde_json::from_slice(self.bytes),
         };
-        parsed.map_err(|error| Error::from(error).within(format_args!("the data of `{}`", self.event_type)))
+        parsed.map_err(|error| match self.forgotten {
+            // What JSON lacks is no help: nobody left out a field.
+            true => Error::msg(format_args!(
+                "the data of `{}` was forgotten; let its variant hold an `Option`, or nothing",
+                self.event_type
+            )),
+            false => Error::from(error).within(format_args!("the data of `{}`", self.event_type)),
+        })
     }
 }
 

@@ -235,6 +235,8 @@ pub use shadowbox_plugin_macros::View;
 /// - `version`: 1 or more. Raise it when the same events are to give other rows: the host then builds the views anew
 ///   beside the old ones, and switches when they have caught up.
 /// - `views(...)`: the rows' types. Views are complete to the same position together.
+/// - `forgotten`: events whose content was forgotten come too, with [`Event::forgotten`] set; without it they are
+///   passed over. Take it where it counts that something happened, and let variants hold an `Option`, or nothing.
 ///
 /// # What it is given
 ///

@@ -17,6 +17,9 @@ struct Manifest {
     views: Vec<View>,
     #[serde(skip_serializing_if = "Option::is_none")]
     batch: Option<Vec<&'static str>>,
+    // Left out where it is false, so that the manifests of all others stay byte for byte as they were.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    forgotten: bool,
 }
 
 #[derive(Serialize)]
@@ -72,6 +75,7 @@ pub(crate) fn of<P: Projection>() -> String {
         sources,
         views: views.collect(),
         batch: definition.columns,
+        forgotten: definition.forgotten,
     };
     serde_json::to_string(&manifest).expect("a manifest holds nothing that JSON cannot")
 }

@@ -42,6 +42,8 @@ pub struct Definition {
     pub(crate) subscriptions: &'static [Subscription],
     /// The batch columns that it reads, of those that may be absent; None for all.
     pub(crate) columns: Option<Vec<&'static str>>,
+    /// Whether it asks for events whose content was forgotten.
+    pub(crate) forgotten: bool,
     pub(crate) views: Vec<ViewDefinition>,
     /// Whether events are made of payloads.
     parses: bool,
@@ -60,7 +62,8 @@ impl Definition {
     /// A definition without views, for a function that takes `E`.
     #[doc(hidden)]
     pub fn new<E: Events>(_: Takes<E>) -> Self {
-        Self { subscriptions: E::SUBSCRIPTIONS, columns: None, views: Vec::new(), parses: E::PARSES }
+        let (subscriptions, parses) = (E::SUBSCRIPTIONS, E::PARSES);
+        Self { subscriptions, columns: None, forgotten: false, views: Vec::new(), parses }
     }
 
     /// Says that the function can use none of the optional columns but these.
@@ -72,6 +75,14 @@ impl Definition {
             columns.push(PAYLOADS);
         }
         self.columns = Some(columns);
+        self
+    }
+
+    /// Asks for events whose content was forgotten.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn forgotten(mut self) -> Self {
+        self.forgotten = true;
         self
     }
 
@@ -146,7 +157,8 @@ where
 fn event<'a, E: Events>(batch: &Batch<'a>, i: usize, variant: u16) -> Result<Event<'a, E::Of<'a>>, Error> {
     let fixed = batch.fixed(i);
     let (payload, text) = batch.payload(i);
-    let data = E::parse(variant, Payload { event_type: fixed.event_type, bytes: payload, text })?;
+    let forgotten = fixed.forgotten;
+    let data = E::parse(variant, Payload { event_type: fixed.event_type, bytes: payload, text, forgotten })?;
     Ok(Event {
         source: fixed.source,
         position: fixed.position,
@@ -157,6 +169,7 @@ fn event<'a, E: Events>(batch: &Batch<'a>, i: usize, variant: u16) -> Result<Eve
         time: Timestamp::from_micros(fixed.time),
         metadata: batch.metadata(i),
         payload,
+        forgotten,
         data,
     })
 }

@@ -23,7 +23,8 @@ use crate::{Error, Projection, Result, Timestamp, View};
 /// It gives the projection the events it subscribes to, as the host would: as an encoded batch that the projection
 /// decodes; and it keeps the rows that come back, encoded, to answer from. All given events are one log, whatever their
 /// sources: their positions count up from 0 in the order in which they are given, also those of events that the
-/// projection does not subscribe to, which are passed over. An event that fails leaves everything as it was before.
+/// projection does not subscribe to, and of forgotten ones that it does not ask for, which are passed over. An event
+/// that fails leaves everything as it was before.
 ///
 /// ```
 /// use shadowbox_plugin::prelude::*;
@@ -148,7 +149,8 @@ impl<P: Projection> TestKit<P> {
         for event in events {
             let position = event.position.unwrap_or(head);
             head = position + 1;
-            if variant_for(self.definition.subscriptions, &event.source, &event.event_type).is_some() {
+            let asked = self.definition.forgotten || !event.forgotten;
+            if asked && variant_for(self.definition.subscriptions, &event.source, &event.event_type).is_some() {
                 delivered.push(event.deliver(position, self.applied.len() + delivered.len()));
             }
         }
@@ -291,6 +293,7 @@ pub struct TestEvent {
     time: Option<Timestamp>,
     metadata: String,
     payload: Vec<u8>,
+    forgotten: bool,
 }
 
 impl TestEvent {
@@ -313,11 +316,13 @@ impl TestEvent {
             time: None,
             metadata: String::new(),
             payload: serde_json::to_vec(&data).expect("the payload can be turned into JSON"),
+            forgotten: false,
         }
     }
 
     /// Reads a CloudEvent 1.0 in its JSON form, as `shadowbox events` prints it: `subject` is the stream, `sequence` the
-    /// version in it, `position` the position. The payload stays as it is written.
+    /// version in it, `position` the position, and `"forgotten": true` one whose content was forgotten. The payload
+    /// stays as it is written.
     ///
     /// # Errors
     ///
@@ -376,8 +381,20 @@ impl TestEvent {
         self
     }
 
+    /// The event as the log gives it after it was forgotten: without payload and metadata, whatever was set. Only a
+    /// projection with `forgotten` in `#[projection]` gets it.
+    #[must_use]
+    pub fn forgotten(mut self) -> Self {
+        self.forgotten = true;
+        self
+    }
+
     /// The event as it stands in its log. `nth` is its number among all that were applied.
     fn deliver(mut self, position: u64, nth: usize) -> Delivered {
+        if self.forgotten {
+            self.metadata.clear();
+            self.payload.clear();
+        }
         self.id.get_or_insert_with(|| format!("{}/{position}", self.source));
         // 2000-01-01, so that a test which prints a time shows at once that nobody set it.
         self.time.get_or_insert(Timestamp::from_micros(946_684_800_000_000 + nth as i64 * 1_000_000));
@@ -444,7 +461,8 @@ impl Store for Memory {
 
 /// Applies one batch and stores what comes back.
 fn apply<P: Projection>(instance: &mut Instance<P>, store: &Memory, events: &[Delivered]) -> Result<u64, Failure> {
-    let changes = instance.apply(&encode(events, P::definition().columns.as_deref()))?;
+    let Definition { columns, forgotten, .. } = P::definition();
+    let changes = instance.apply(&encode(events, columns.as_deref(), forgotten))?;
     Ok(store.commit(&changes).expect("the changes are well formed"))
 }
 
@@ -475,13 +493,17 @@ struct Columns<'a> {
     metadata: Option<&'a Bytes>,
     #[serde(skip_serializing_if = "Option::is_none")]
     metadata_ends: Option<&'a Bytes>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    forgotten: Option<&'a Bytes>,
 }
 
-/// The batch as the host would send it to a projection that reads these of the optional columns; None for all.
-fn encode(events: &[Delivered], wanted: Option<&[&str]>) -> Vec<u8> {
+/// The batch as the host would send it to a projection that reads these of the optional columns, None for all, and that
+/// asks for forgotten events or does not.
+fn encode(events: &[Delivered], wanted: Option<&[&str]>, forgotten: bool) -> Vec<u8> {
     let mut positions = Vec::new();
     let mut times = Vec::new();
     let mut versions = Vec::new();
+    let mut flags = Vec::new();
     let (mut sources, mut types) = (Dictionary::default(), Dictionary::default());
     let [mut streams, mut ids, mut payloads, mut metadata] = [(); 4].map(|()| (Vec::new(), Vec::new()));
     let push = |(bytes, ends): &mut (Vec<u8>, Vec<u8>), value: &[u8]| {
@@ -492,6 +514,7 @@ fn encode(events: &[Delivered], wanted: Option<&[&str]>) -> Vec<u8> {
         positions.extend(position.to_le_bytes());
         times.extend(event.time.unwrap_or_default().as_micros().to_le_bytes());
         versions.extend(event.version.to_le_bytes());
+        flags.push(event.forgotten.into());
         sources.push(&event.source);
         types.push(&event.event_type);
         push(&mut streams, event.stream.as_bytes());
@@ -516,6 +539,7 @@ fn encode(events: &[Delivered], wanted: Option<&[&str]>) -> Vec<u8> {
         payload_ends: optional("payloads", &payloads.1),
         metadata: optional("metadata", &metadata.0),
         metadata_ends: optional("metadata", &metadata.1),
+        forgotten: forgotten.then_some(Bytes::new(&flags)),
     };
     rmp_serde::to_vec_named(&columns).expect("a batch can be encoded")
 }

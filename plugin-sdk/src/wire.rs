@@ -23,6 +23,8 @@ struct Columns<'a> {
     payload_ends: Option<&'a [u8]>,
     metadata: Option<&'a [u8]>,
     metadata_ends: Option<&'a [u8]>,
+    /// Comes only if the manifest asks for such events.
+    forgotten: Option<&'a [u8]>,
 }
 
 #[doc(hidden)]
@@ -40,6 +42,7 @@ pub struct Batch<'a> {
     payloads: Values<'a>,
     /// The payloads as text, if all of them are: JSON is, but the contract allows others.
     payload_texts: Option<Texts<'a>>,
+    forgotten: Option<&'a [[u8; 1]]>,
 }
 
 /// What an event is, apart from its texts.
@@ -47,6 +50,7 @@ pub(crate) struct Fixed<'a> {
     pub(crate) position: u64,
     pub(crate) time: i64,
     pub(crate) version: u64,
+    pub(crate) forgotten: bool,
     pub(crate) source: &'a str,
     pub(crate) event_type: &'a str,
 }
@@ -70,6 +74,7 @@ impl<'a> Batch<'a> {
             metadata: Values::new("metadata", n, columns.metadata, columns.metadata_ends)?.texts("metadata")?,
             payload_texts: payloads.texts("payloads").ok(),
             payloads,
+            forgotten: columns.forgotten.map(|column| fixed("forgotten", n, column)).transpose()?,
             sources: columns.sources,
             types: columns.types,
         };
@@ -102,6 +107,7 @@ impl<'a> Batch<'a> {
             position: u64::from_le_bytes(self.positions[i]),
             time: i64::from_le_bytes(self.times[i]),
             version: self.versions.map_or(0, |versions| u64::from_le_bytes(versions[i])),
+            forgotten: self.forgotten.is_some_and(|forgotten| forgotten[i] != [0]),
             source: self.sources[source],
             event_type: self.types[event_type],
         }
@@ -234,9 +240,12 @@ mod tests {
         let batch = Batch::decode(&encoded).map_err(|error| error.to_string())?;
         Ok((0..batch.len())
             .map(|i| {
-                let Fixed { position, time, version, source, event_type } = batch.fixed(i);
+                let Fixed { position, time, version, forgotten, source, event_type } = batch.fixed(i);
                 let (stream, (payload, text)) = (batch.stream(i), batch.payload(i));
-                format!("{source} {position} v{version} {event_type} at {time} in `{stream}`: {payload:?} {text:?}")
+                let end = if forgotten { " forgotten" } else { "" };
+                format!(
+                    "{source} {position} v{version} {event_type} at {time} in `{stream}`: {payload:?} {text:?}{end}"
+                )
             })
             .collect())
     }
@@ -248,6 +257,14 @@ mod tests {
             events,
             [r#"orders 7 v0 B at 0 in ``: [] Some("")"#, r#"orders 72057594037927945 v0 A at -1 in ``: [] Some("")"#]
         );
+    }
+
+    #[test]
+    fn events_are_forgotten_where_the_column_says_so() {
+        let mut columns = columns();
+        columns.insert("forgotten", bytes([0, 1]));
+        let forgotten = decoded(&columns).unwrap().into_iter().map(|event| event.ends_with(" forgotten"));
+        assert_eq!(forgotten.collect::<Vec<_>>(), [false, true]);
     }
 
     #[test]
@@ -272,6 +289,7 @@ mod tests {
             ("times", bytes([0; 15]), "`times` has 15 bytes for 2 events"),
             ("versions", bytes([0; 8]), "`versions` has 8 bytes for 2 events"),
             ("type", bytes([0, 0, 2, 0]), "an index is beyond its dictionary"),
+            ("forgotten", bytes([0; 3]), "`forgotten` has 3 bytes for 2 events"),
             ("payloads", bytes([]), "`payloads` came without its other half"),
         ] {
             let mut columns = columns();

@@ -141,6 +141,13 @@ pub mod limits {
     pub const PROOF_EVENTS: usize = 5;
     /// How often is looked for projections that do not move, at the longest; a look compares a few numbers.
     pub const STALL_LOOK: Duration = Duration::from_secs(1);
+    /// How often is looked for events that a source keeps no longer, at the longest; a tenth of the time that it keeps them,
+    /// if that is shorter. Each look that finds some has every projection read the log anew from where it is.
+    pub const RETENTION_LOOK: Duration = Duration::from_secs(3_600);
+    /// The same at the shortest: what a projection has not committed when it looks is read and applied again.
+    pub const RETENTION_SOONEST: Duration = Duration::from_secs(10);
+    /// Forgettings that a command or an answer shows, the newest ones.
+    pub const FORGETTINGS_LISTED: usize = 100;
     /// How long a clean stop may take before the process leaves anyway. Every commit is atomic, so nothing is lost.
     pub const SHUTDOWN: Duration = Duration::from_secs(10);
 }
@@ -168,6 +175,10 @@ pub struct Config {
     pub failures: Failures,
     /// What is different for single projections, by name.
     pub projections: BTreeMap<String, ProjectionConfig>,
+    /// What is said of sources, by globs of their names.
+    pub sources: BTreeMap<String, SourceConfig>,
+    /// Projections pass over blocks of the log that cannot be read, and note for ever that they did.
+    pub skip_damaged: bool,
 }
 
 impl Config {
@@ -234,6 +245,14 @@ pub struct ProjectionConfig {
     pub policy: Option<Policy>,
 }
 
+/// What is said of the sources that a glob matches.
+#[derive(Clone, Debug, Default)]
+pub struct SourceConfig {
+    /// How long the content of events is kept after they were appended; None for ever. Of the globs that match a source its
+    /// own name counts, else the longest.
+    pub keep: Option<Duration>,
+}
+
 /// How events are batched and committed.
 #[derive(Clone, Copy, Debug)]
 pub struct BatchLimits {
@@ -294,6 +313,19 @@ pub struct Written {
     pub failures: WrittenFailures,
     #[serde(default)]
     pub projections: BTreeMap<String, ProjectionConfig>,
+    #[serde(default)]
+    pub sources: BTreeMap<String, WrittenSource>,
+    /// A flag alone: nobody should do it for good.
+    #[serde(skip)]
+    pub skip_damaged: bool,
+}
+
+/// `[sources."GLOB"]`
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "each field is described in SourceConfig")]
+pub struct WrittenSource {
+    pub keep: Option<String>,
 }
 
 /// `[batch]`
@@ -397,6 +429,8 @@ impl Written {
                 max_dead_letters: within("failures.max_dead_letters", f.max_dead_letters, 10_000, 1, 1_000_000)?,
             },
             projections: self.projections,
+            sources: self.sources.into_iter().map(source).collect::<Result<_, _>>()?,
+            skip_damaged: self.skip_damaged,
         })
     }
 }
@@ -417,6 +451,24 @@ fn within<T: PartialOrd + std::fmt::Display>(
     }
 }
 
+fn source((glob, written): (String, WrittenSource)) -> Result<(String, SourceConfig), Error> {
+    let refuse = |key: &'static str, value: &str, allowed: &str| Error::Value {
+        key,
+        value: format!("{value:?}"),
+        allowed: allowed.to_owned(),
+    };
+    globset::Glob::new(&glob).map_err(|_| refuse("sources", &glob, "a source's name, or a glob like sensors/*"))?;
+    let keep = written.keep.map(|keep| {
+        let days = jiff::SpanRelativeTo::days_are_24_hours();
+        let span: Option<jiff::Span> = keep.parse().ok();
+        let length = span.and_then(|span| span.to_duration(days).ok()).and_then(|length| length.try_into().ok());
+        let length = length.filter(|length: &Duration| *length >= Duration::from_secs(1));
+        length
+            .ok_or_else(|| refuse("sources.keep", &keep, "a length of time of a second or more, like 400d, 12h or 90m"))
+    });
+    Ok((glob, SourceConfig { keep: keep.transpose()? }))
+}
+
 fn ms(milliseconds: u64) -> Duration {
     Duration::from_millis(milliseconds)
 }
@@ -434,6 +486,9 @@ mod tests {
     fn an_empty_file_is_the_defaults_and_bad_values_are_named() {
         assert_eq!(check("").unwrap().listen.to_string(), "127.0.0.1:7070");
         assert_eq!(check("[sandbox]\nmemory_mb = 64").unwrap().sandbox.memory, 64 << 20);
+        let day = Duration::from_secs(86_400);
+        let kept = check("[sources.\"sensors/*\"]\nkeep = \"400d\"").unwrap();
+        assert_eq!(kept.sources["sensors/*"].keep, Some(400 * day));
         let parking = check("[failures]\npolicy = \"skip\"\n[projections.orders]\npolicy = \"park\"").unwrap();
         assert_eq!((parking.policy("orders"), parking.policy("flights")), (Policy::Park, Policy::Skip));
         for (toml, expected) in [
@@ -444,6 +499,9 @@ mod tests {
                 "[projections.orders]\npolicy = \"stop\"",
                 "unknown variant `stop`, expected one of `pause`, `park`, `skip`",
             ),
+            ("[sources.\"a/*\"]\nkeep = \"soon\"", "sources.keep = \"soon\" is not valid; use a length of time"),
+            ("[sources.a]\nkeep = \"0s\"", "sources.keep = \"0s\" is not valid; use a length of time of a second"),
+            ("[sources.\"a[\"]\nkeep = \"1d\"", "sources = \"a[\" is not valid; use a source's name"),
             ("[failures]\nmax_dead_letters = 0", "failures.max_dead_letters = 0 is not valid; use a number from 1"),
             ("[sandbox]\nmemory_mb = 1", "sandbox.memory_mb = 1 is not valid; use a number from 2 to 4096"),
         ] {

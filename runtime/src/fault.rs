@@ -48,6 +48,7 @@ pub const POINTS: &[Point] = &[
     fails("generation.made"),
     dies("generation.entered"),
     fails("generation.fenced"),
+    fails("generation.origin"),
     // Events are appended. Once they are committed, nothing can take them back.
     fails("append.begun"),
     fails("append.written"),
@@ -56,6 +57,10 @@ pub const POINTS: &[Point] = &[
     fails("seal.begun"),
     fails("seal.written"),
     dies("seal.committed"),
+    // Events are forgotten, a transaction each: it is entered, a block is rewritten, it has ended.
+    fails("forget.begun"),
+    fails("forget.written"),
+    dies("forget.committed"),
     // A commit. It can fail after it has happened, too: then nobody who only hears of the error knows which it was.
     fails("commit.begun"),
     fails("commit.rows"),

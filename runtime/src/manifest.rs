@@ -25,6 +25,8 @@ pub struct Manifest {
     pub views: Vec<ViewSchema>,
     /// The optional batch columns that the plugin reads.
     pub batch: ColumnSet,
+    /// Whether events whose content is gone come, too.
+    pub forgotten: bool,
     /// The JSON that the plugin gave.
     pub json: String,
 }
@@ -159,6 +161,8 @@ struct Written {
     sources: Vec<WrittenSource>,
     views: Vec<ViewSchema>,
     batch: Option<Vec<BatchColumn>>,
+    #[serde(default)]
+    forgotten: bool,
 }
 
 #[derive(Deserialize)]
@@ -204,6 +208,7 @@ impl Manifest {
             version: written.version,
             sources: subscriptions(written.sources)?,
             batch: written.batch.map_or(ColumnSet::ALL, ColumnSet::from_iter),
+            forgotten: written.forgotten,
             views: written.views,
             json: json.to_owned(),
         })
@@ -211,10 +216,12 @@ impl Manifest {
 
     /// A digest of the views' shape and of the sources: two modules with the same projection version and the same
     /// digest may go on from one another's rows. Another pattern may mean that events of the past are missing from the
-    /// rows, so it counts as another shape, of sources and of types alike; their order in the manifest does not.
+    /// rows, so it counts as another shape, of sources and of types alike; their order in the manifest does not. So does
+    /// whether events whose content is gone are among them.
     pub fn schema_digest(&self) -> String {
         let sources: Vec<_> = self.sources.iter().map(|s| (&s.source, &s.types)).collect();
-        let shape = serde_json::to_vec(&(&self.views, sources)).expect("plain data");
+        let mut shape = serde_json::to_vec(&(&self.views, sources)).expect("plain data");
+        shape.extend_from_slice(if self.forgotten { b"forgotten" } else { b"" });
         hex(&Sha256::digest(shape))[..16].to_owned()
     }
 

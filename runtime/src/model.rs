@@ -148,6 +148,8 @@ pub struct Event {
     pub position: Position,
     /// All the rest.
     pub event: NewEvent,
+    /// Metadata and payload are gone for good, and empty.
+    pub forgotten: bool,
 }
 
 impl Event {

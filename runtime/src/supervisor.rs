@@ -14,14 +14,14 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::config::{Config, Policy, limits};
 use crate::fault;
-use crate::log::{self, Behind, EventLog, Head};
+use crate::log::{self, Behind, EventLog, Forgetting, Head};
 use crate::model::{FailureReport, Position, Time};
 use crate::plugin::{self, Engine, Folder, Found, Module};
 use crate::projection::lifecycle::{Building, Live};
 use crate::projection::{Activity, Manager, Shared, Snapshot, SnapshotGeneration, Stalls};
-use crate::view::{self, Catalogue, GenerationRecord, LetterCounts, Scratch, Selector};
+use crate::view::{self, Catalogue, GenerationRecord, LetterCounts, Origin, ProjectionRecord, Role, Scratch, Selector};
 
-pub use crate::projection::{LiveView, Outcome, Refusal, Replay, Treatment, replay};
+pub use crate::projection::{LiveView, Outcome, Refusal, Replay, Treatment, made_from, replay};
 
 /// What can go wrong when a runtime starts or is asked for something.
 #[derive(Debug, thiserror::Error)]
@@ -123,6 +123,26 @@ pub struct GenerationStatus {
     pub fault: Option<FailureReport>,
     /// Events that it has left out.
     pub dead_letters: LetterCounts,
+    /// Where its rows are not made from the log as it was appended.
+    #[serde(flatten)]
+    pub made_from: MadeFrom,
+}
+
+/// Where rows are not made from the log as it was appended.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MadeFrom {
+    /// The number of the first forgetting whose events may still be in the rows.
+    pub forgotten: Option<u64>,
+    /// Before this position events came without their content, since their source keeps it no longer.
+    pub complete_from: Option<Position>,
+    /// First and last positions of stretches that could not be read, and were passed over.
+    pub damaged: Vec<(Position, Position)>,
+}
+
+impl From<Origin> for MadeFrom {
+    fn from(Origin { forgotten, complete_from, damaged, .. }: Origin) -> MadeFrom {
+        MadeFrom { forgotten, complete_from, damaged }
+    }
 }
 
 /// A projection with its generations.
@@ -145,6 +165,50 @@ pub struct ProjectionStatus {
     pub building: Option<GenerationStatus>,
     /// The hash of the module in the folder, if it is not taken up because a person went back from it.
     pub rolled_back_from: Option<String>,
+    /// Why the generation that is being built waits for a person: the live one was made from more.
+    pub waits: Option<String>,
+}
+
+/// What a request to forget came to.
+#[derive(Clone, Debug, Serialize)]
+pub struct Forgotten {
+    /// None if the log had no such event whose content was still there.
+    pub forgetting: Option<Forgetting>,
+    /// Projections whose live rows may still have what was forgotten.
+    pub projections: Vec<Holding>,
+}
+
+/// A projection whose live rows may have what was forgotten.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Holding {
+    /// Its name.
+    pub projection: String,
+    /// The live generation's number.
+    pub generation: u64,
+    /// Its views.
+    pub views: Vec<String>,
+    /// Whether its module is there to rebuild it.
+    pub module: bool,
+}
+
+/// The projections whose live rows may have what was forgotten; `has_module` says whose module is there. Blocks.
+pub fn holding(log: &EventLog, records: &[ProjectionRecord], has_module: impl Fn(&str) -> bool) -> Vec<Holding> {
+    let mut holding = Vec::new();
+    for live in records.iter().filter_map(|record| record.role(Role::Live)) {
+        if !live.file.exists() {
+            continue;
+        }
+        // Of rows that cannot be read nobody can tell what is in them.
+        if made_from(log, live).map_or(true, |origin| origin.forgotten.is_some()) {
+            holding.push(Holding {
+                projection: live.projection.clone(),
+                generation: live.number,
+                views: live.manifest.views.iter().map(|view| view.name.clone()).collect(),
+                module: has_module(&live.projection),
+            });
+        }
+    }
+    holding
 }
 
 /// What a projection does about an event that its module cannot apply.
@@ -197,7 +261,7 @@ impl Runtime {
         }
         let modules = data.join("modules");
         std::fs::create_dir_all(&modules).map_err(|e| file(&modules, e))?;
-        let log = EventLog::open(&data)?;
+        let log = if config.skip_damaged { EventLog::open_past_damage(&data)? } else { EventLog::open(&data)? };
         log.seal_in_background();
         let catalogue = Catalogue::open(&data).await?;
         catalogue.remove_strays().await?;
@@ -234,6 +298,13 @@ impl Runtime {
         // The sender is dropped without a word only if everything stops.
         let _ = first_look.await;
         tokio::spawn(watch_stalls(inner.clone()));
+        let log = inner.shared.log.clone();
+        tokio::task::spawn_blocking(move || {
+            if let Err(error) = log.resume_forgetting() {
+                tracing::warn!(%error, "cannot go on with a forgetting that was interrupted; the next one tries again");
+            }
+        });
+        watch_retention(&inner);
         Ok(Runtime { inner })
     }
 
@@ -291,6 +362,26 @@ impl Runtime {
     /// Begins to go back to the former generation that is kept: it catches up and is promoted. Answers its number.
     pub async fn rollback(&self, projection: &str) -> Result<u64, Error> {
         self.manager(projection)?.rollback().await.map_err(Error::Refused)
+    }
+
+    /// Has the generation that waits for a person take the place of the live one, or, with `promote` false, discards it.
+    /// Answers its number.
+    pub async fn promote(&self, projection: &str, promote: bool) -> Result<u64, Error> {
+        self.manager(projection)?.promote(promote).await.map_err(Error::Refused)
+    }
+
+    /// Forgets events for good. Projections that may have taken some of them are rebuilt from now on, if their modules are
+    /// there.
+    pub async fn forget(&self, request: log::Request) -> Result<Forgotten, Error> {
+        let shared = self.inner.shared.clone();
+        let records = shared.catalogue.projections().await?;
+        let files = shared.snapshots.read().expect("no panics while it is held").clone();
+        let done = tokio::task::spawn_blocking(move || {
+            let forgetting = shared.log.forget(&request)?;
+            let has_module = |name: &str| files.get(name).is_some_and(|snapshot| snapshot.file.is_some());
+            Ok(Forgotten { forgetting, projections: holding(&shared.log, &records, has_module) })
+        });
+        done.await.map_err(|ended| Error::Refused(format!("it did not end: {ended}")))?
     }
 
     /// Starts a faulted projection again, from its last commit; its build as well, if that is faulted.
@@ -655,10 +746,45 @@ async fn watch_stalls(inner: Arc<Inner>) {
     }
 }
 
+/// Has each source that keeps content for a time only forget what is older, again and again until the runtime stops.
+fn watch_retention(inner: &Arc<Inner>) {
+    let sources = inner.shared.config.sources.clone();
+    let Some(shortest) = sources.values().filter_map(|source| source.keep).min() else { return };
+    let (log, mut stopping) = (inner.shared.log.clone(), inner.stopping.subscribe());
+    tokio::spawn(async move {
+        let mut looks = tokio::time::interval((shortest / 10).clamp(limits::RETENTION_SOONEST, limits::RETENTION_LOOK));
+        looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                _ = looks.tick() => {}
+                _ = stopping.wait_for(|stopping| *stopping) => return,
+            }
+            let now = Time::now().microseconds();
+            let before = |keep: Duration| {
+                let keep = i64::try_from(keep.as_micros()).unwrap_or(i64::MAX);
+                Time::from_microseconds(now.saturating_sub(keep))
+            };
+            let rules: Vec<_> =
+                sources.iter().map(|(glob, source)| (glob.clone(), source.keep.and_then(before))).collect();
+            let log = log.clone();
+            let done = tokio::task::spawn_blocking(move || log.retain(&rules)).await;
+            match done {
+                Ok(Ok(None)) => {}
+                Ok(Ok(Some(Forgetting { number, source, events, .. }))) => {
+                    tracing::info!(number, source, events, "forgot the content of events that is kept no longer");
+                }
+                Ok(Err(error)) => tracing::warn!(%error, "cannot forget what is kept no longer; trying again later"),
+                // Everything stops.
+                Err(_) => return,
+            }
+        }
+    });
+}
+
 /// The generations of a projection, and whether somebody is to follow the log for them.
 fn generations(snapshot: &Snapshot) -> impl Iterator<Item = (&SnapshotGeneration, bool)> {
     let live = matches!(snapshot.state.live, Live::Running(_) | Live::Proving { .. } | Live::Waiting(_));
-    let building = matches!(snapshot.state.building, Building::Running(_) | Building::Finishing(_));
+    let building = snapshot.state.building.is_followed();
     snapshot
         .live
         .iter()
@@ -724,11 +850,25 @@ fn projection_status(policy: Policy, name: String, snapshot: &Snapshot, look: &L
     let runs = |hash: &String| snapshot.state.live.module().is_some_and(|m| m.hash == *hash);
     // By positions in the first place: what a worker says of itself may be a moment old.
     let at_head = live_status.lag_events == 0 || live.progress.borrow().activity == Activity::AtHead;
+    let waits = match (&snapshot.state.building, building) {
+        (Building::Ready(_), Some(build)) => Some(format!(
+            "generation {} is as far as the live one, which was made from more: {}; {}",
+            build.record.number,
+            lacks(&live.reached.origin(), &build.reached.origin()),
+            match live.reached.origin().forgotten {
+                Some(number) => format!(
+                    "but that may have what was forgotten (forgetting {number}), until a person says: shadowbox promote {name}"
+                ),
+                None => format!("say which is to stay: shadowbox promote {name}, or with --discard"),
+            }
+        )),
+        _ => None,
+    };
     let build_error = build_fault.or_else(|| building.and_then(stalled));
     let building = building.map(|b| generation_status(b, look.head, build_error));
     let state = match (&snapshot.state.live, &snapshot.state.building) {
         _ if is_stalled => ProjectionState::Stalled,
-        (_, Building::Running(_) | Building::Finishing(_)) => ProjectionState::Rebuilding,
+        (_, building) if building.is_followed() => ProjectionState::Rebuilding,
         (Live::Faulted(..), _) => ProjectionState::Faulted,
         (Live::None | Live::Stopped(_), _) => ProjectionState::Stopped,
         _ if at_head => ProjectionState::Live,
@@ -743,7 +883,19 @@ fn projection_status(policy: Policy, name: String, snapshot: &Snapshot, look: &L
         live: live_status,
         building,
         rolled_back_from: snapshot.state.held.clone().filter(|held| !runs(held)),
+        waits,
     })
+}
+
+/// What a generation was not made from that another one was.
+fn lacks(fuller: &Origin, thinner: &Origin) -> String {
+    let mut lacks = Vec::new();
+    if let Some(from) = thinner.complete_from.filter(|_| fuller.complete_from < thinner.complete_from) {
+        lacks.push(format!("content of events before position {from}, which is not kept any more"));
+    }
+    let stretches = thinner.damaged.iter().filter(|stretch| !fuller.damaged.contains(stretch));
+    lacks.extend(stretches.map(|(first, last)| format!("events {first} to {last}, which could not be read")));
+    lacks.join("; ")
 }
 
 fn generation_status(generation: &SnapshotGeneration, head: Head, fault: Option<String>) -> GenerationStatus {
@@ -776,5 +928,6 @@ fn generation_status(generation: &SnapshotGeneration, head: Head, fault: Option<
         error: fault.or(retrying),
         fault: generation.fault.as_deref().cloned(),
         dead_letters: progress.dead_letters,
+        made_from: generation.reached.origin().into(),
     }
 }

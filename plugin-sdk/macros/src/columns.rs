@@ -4,7 +4,7 @@
 //! answer has to hold whatever the function does: it is given only where every mention of the event is `event.field`,
 //! and nothing in sight could make a mention out of other tokens. In all other cases the function gets all columns.
 
-use proc_macro2::{Delimiter, TokenStream, TokenTree};
+use proc_macro2::{Delimiter, Span, TokenStream, TokenTree};
 use quote::quote;
 use syn::ext::IdentExt;
 use syn::{FnArg, Ident, ItemFn, Lit, Pat};
@@ -13,8 +13,11 @@ use syn::{FnArg, Ident, ItemFn, Lit, Pat};
 const OPTIONAL: [(&str, &str); 5] =
     [("version", "versions"), ("stream", "streams"), ("id", "ids"), ("payload", "payloads"), ("metadata", "metadata")];
 
-/// The fields of `Event` that always come. `data` is made of the payload, which the enum of events asks for itself.
-const ALWAYS: [&str; 5] = ["source", "position", "event_type", "time", "data"];
+/// The fields of `Event` that need no column of these. `data` is made of the payload, which the enum of events asks for
+/// itself; the column of `forgotten` comes with such events, for which the projection asks by its argument.
+const ALWAYS: [&str; 6] = ["source", "position", "event_type", "time", FORGOTTEN, "data"];
+
+const FORGOTTEN: &str = "forgotten";
 
 /// Macros whose expansion is known to name nothing but what they are given. Any other could name the event by itself.
 const MACROS: [&str; 23] = [
@@ -47,23 +50,31 @@ const MACROS: [&str; 23] = [
 const ATTRIBUTES: [&str; 12] =
     ["allow", "cfg", "cold", "deny", "derive", "doc", "expect", "forbid", "inline", "must_use", "track_caller", "warn"];
 
-/// The columns that the function can use of those that may be absent; None if it may use any of them.
-pub(crate) fn wanted(function: &ItemFn) -> Option<Vec<&'static str>> {
+/// What the function can use of an event; None if it may use anything.
+pub(crate) struct Wanted {
+    /// The columns, of those that may be absent.
+    pub(crate) columns: Vec<&'static str>,
+    /// The first `event.forgotten`.
+    pub(crate) forgotten: Option<Span>,
+}
+
+pub(crate) fn wanted(function: &ItemFn) -> Option<Wanted> {
     let Some(FnArg::Typed(argument)) = function.sig.inputs.first() else { return None };
     let Pat::Ident(name) = &*argument.pat else { return None };
     if name.subpat.is_some() {
         return None;
     }
-    let mut mentions = Mentions { event: name.ident.unraw(), columns: Vec::new() };
+    let wanted = Wanted { columns: Vec::new(), forgotten: None };
+    let mut mentions = Mentions { event: name.ident.unraw(), wanted };
     let (attributes, body) = (&function.attrs, &function.block);
     mentions.read(quote!(#(#attributes)* #body))?;
-    Some(mentions.columns)
+    Some(mentions.wanted)
 }
 
 struct Mentions {
     /// The parameter's name.
     event: Ident,
-    columns: Vec<&'static str>,
+    wanted: Wanted,
 }
 
 impl Mentions {
@@ -72,7 +83,7 @@ impl Mentions {
         let tokens: Vec<TokenTree> = tokens.into_iter().collect();
         for (i, token) in tokens.iter().enumerate() {
             match token {
-                TokenTree::Ident(name) if self.is_event(name) => self.field(&tokens[i + 1..])?,
+                TokenTree::Ident(name) if self.is_event(name) => self.field(&tokens[..i], &tokens[i + 1..])?,
                 TokenTree::Ident(_) | TokenTree::Literal(_) => {}
                 TokenTree::Punct(hash) if hash.as_char() == '#' => attribute(&tokens[i + 1..])?,
                 TokenTree::Punct(bang) if bang.as_char() == '!' => self.call(&tokens[..i], &tokens[i + 1..])?,
@@ -88,8 +99,8 @@ impl Mentions {
     }
 
     /// What follows a mention has to be `.field`, and not the call of a method with the name of a field.
-    fn field(&mut self, tokens: &[TokenTree]) -> Option<()> {
-        let [TokenTree::Punct(dot), TokenTree::Ident(field), rest @ ..] = tokens else { return None };
+    fn field(&mut self, before: &[TokenTree], after: &[TokenTree]) -> Option<()> {
+        let [TokenTree::Punct(dot), TokenTree::Ident(field), rest @ ..] = after else { return None };
         let is_call = match rest {
             [TokenTree::Group(arguments), ..] => arguments.delimiter() == Delimiter::Parenthesis,
             [TokenTree::Punct(colon), TokenTree::Punct(_), ..] => colon.as_char() == ':',
@@ -98,10 +109,14 @@ impl Mentions {
         if dot.as_char() != '.' || is_call {
             return None;
         }
+        // Behind a dot it is a field of something else, of which nothing is known.
+        if field == FORGOTTEN && !matches!(before.last(), Some(TokenTree::Punct(dot)) if dot.as_char() == '.') {
+            self.wanted.forgotten.get_or_insert(field.span());
+        }
         let field = field.to_string();
         if let Some((_, column)) = OPTIONAL.iter().find(|(name, _)| field == *name) {
-            if !self.columns.contains(column) {
-                self.columns.push(column);
+            if !self.wanted.columns.contains(column) {
+                self.wanted.columns.push(column);
             }
             return Some(());
         }
@@ -172,7 +187,9 @@ mod tests {
     }
 
     fn of_function(function: &str) -> Option<String> {
-        wanted(&syn::parse_str(function).expect(function)).map(|columns| columns.join(" "))
+        let Wanted { mut columns, forgotten } = wanted(&syn::parse_str(function).expect(function))?;
+        columns.extend(forgotten.map(|_| "(forgotten)"));
+        Some(columns.join(" "))
     }
 
     #[test]
@@ -184,6 +201,8 @@ mod tests {
             ("views.upsert::<V>(event.stream, |v| v.last = event.position + event.version)", "streams versions"),
             ("if !event.id.is_empty() && event.id != event.metadata { g(event.payload) }", "ids metadata payloads"),
             ("let all = || (&event.id, [event . version; 2]);", "ids versions"),
+            ("if event.forgotten { event.id } else { f(!event.forgotten) }", "ids (forgotten)"),
+            ("views.get::<V>(1).map(|row| row.event.forgotten)", ""),
             ("return !(a && b)", ""),
             ("if !(event.id == x) {} else if !x {}", "ids"),
             ("let r#event = event.time;", "-"),

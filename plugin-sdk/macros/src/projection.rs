@@ -7,16 +7,17 @@ use syn::punctuated::Punctuated;
 use syn::spanned::Spanned;
 use syn::{Error, FnArg, Ident, ItemFn, LitInt, LitStr, Path, Result, ReturnType, Token, Type};
 
-/// `name = "carriers", version = 1, views(Carrier, FlightCarrier)`
+/// `name = "carriers", version = 1, views(Carrier, FlightCarrier), forgotten`
 pub(crate) struct Arguments {
     name: LitStr,
     version: LitInt,
     views: Vec<Path>,
+    forgotten: bool,
 }
 
 impl Parse for Arguments {
     fn parse(input: ParseStream<'_>) -> Result<Self> {
-        let (mut name, mut version, mut views) = (None, None, None);
+        let (mut name, mut version, mut views, mut forgotten) = (None, None, None, false);
         while !input.is_empty() {
             let argument: Ident = input.parse()?;
             if argument == "name" {
@@ -29,8 +30,13 @@ impl Parse for Arguments {
                 let content;
                 syn::parenthesized!(content in input);
                 views = Some(Punctuated::<Path, Token![,]>::parse_terminated(&content)?);
+            } else if argument == "forgotten" {
+                forgotten = true;
             } else {
-                return Err(Error::new(argument.span(), "expected name = \"...\", version = 1 or views(...)"));
+                return Err(Error::new(
+                    argument.span(),
+                    "expected name = \"...\", version = 1, views(...) or forgotten",
+                ));
             }
             if !input.is_empty() {
                 input.parse::<Token![,]>()?;
@@ -47,18 +53,25 @@ impl Parse for Arguments {
         if views.is_empty() {
             return Err(needs("the views that it maintains: views(Row, ...)"));
         }
-        Ok(Self { name, version, views: views.into_iter().collect() })
+        Ok(Self { name, version, views: views.into_iter().collect(), forgotten })
     }
 }
 
 pub(crate) fn expand(arguments: &Arguments, function: ItemFn) -> Result<TokenStream> {
     check_signature(&function)?;
-    let Arguments { name: projection, version, views } = arguments;
+    let Arguments { name: projection, version, views, forgotten } = arguments;
     let (sdk, name, visibility) = (quote!(::shadowbox_plugin), &function.sig.ident, &function.vis);
     let docs: Vec<_> = function.attrs.iter().filter(|attribute| attribute.path().is_ident("doc")).collect();
     let names = views.iter().map(|view| quote_spanned!(view.span()=> <#view as ::shadowbox_plugin::View>::SCHEMA.name));
     let views = views.iter().map(|view| quote_spanned!(view.span()=> .view::<#view>()));
-    let columns = crate::columns::wanted(&function).map(|columns| quote!(.reads(&[#(#columns),*])));
+    let wanted = crate::columns::wanted(&function);
+    if let Some(span) = wanted.as_ref().and_then(|wanted| wanted.forgotten)
+        && !forgotten
+    {
+        return Err(Error::new(span, "say `forgotten` in #[projection(...)] to get such events"));
+    }
+    let columns = wanted.map(|wanted| wanted.columns).map(|columns| quote!(.reads(&[#(#columns),*])));
+    let forgotten = forgotten.then(|| quote!(.forgotten()));
     let mut function_inside = function.clone();
     function_inside.vis = syn::Visibility::Inherited;
     Ok(quote! {
@@ -84,7 +97,7 @@ pub(crate) fn expand(arguments: &Arguments, function: ItemFn) -> Result<TokenStr
                 const VERSION: u32 = #version;
 
                 fn definition() -> #sdk::__private::Definition {
-                    #sdk::__private::Definition::new(#sdk::__private::takes(#name)) #columns #(#views)*
+                    #sdk::__private::Definition::new(#sdk::__private::takes(#name)) #columns #forgotten #(#views)*
                 }
                 fn run(
                     batch: &#sdk::__private::Batch<'_>,

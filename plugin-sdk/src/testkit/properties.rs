@@ -294,12 +294,14 @@ proptest! {
     #[test]
     fn no_bytes_make_reading_a_batch_panic(
         ops in prop::collection::vec(op(), 1..4),
+        forgotten: bool,
         changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..4),
         cut in prop::option::of(any::<prop::sample::Index>()),
     ) {
         let mut bytes = encode(
             &(0..).zip(&ops).map(|(i, op)| TestEvent::new("test", "Op", op).deliver(i, 0)).collect::<Vec<_>>(),
             None,
+            forgotten,
         );
         prop_assert!(Batch::decode(&bytes).is_ok());
         for (at, byte) in changes {
@@ -315,6 +317,50 @@ proptest! {
             }
         }
     }
+
+    #[test]
+    fn forgotten_events_keep_their_positions_whoever_gets_them(
+        batches in prop::collection::vec(prop::collection::vec(any::<bool>(), 0..6), 0..6),
+    ) {
+        let (mut all, mut known) = (TestKit::new(lengths), TestKit::new(known_lengths));
+        for batch in &batches {
+            let events = batch.iter().map(|forgotten| {
+                let event = TestEvent::new("test", "Op", 12);
+                if *forgotten { event.forgotten() } else { event }
+            });
+            all = all.given_all(events.clone());
+            known = known.given_all(events);
+        }
+        let expected = (0..).zip(batches.concat()).map(|(i, forgotten)| (i, if forgotten { 0 } else { 2 }));
+        prop_assert_eq!(stored(&all), expected.clone().collect::<Vec<_>>());
+        prop_assert_eq!(stored(&known), expected.filter(|(_, length)| *length > 0).collect::<Vec<_>>());
+        all.assert_pure();
+        known.assert_pure();
+    }
+}
+
+#[derive(Events)]
+enum Anything {
+    #[event("*", source = "test")]
+    Any,
+}
+
+#[projection(name = "lengths", version = 1, views(Cell), forgotten)]
+fn lengths(event: Event<Anything>, views: &mut Views) -> Result<()> {
+    if event.forgotten != event.payload.is_empty() {
+        bail!("the column is not of these events");
+    }
+    views.put(Cell { row: String::new(), column: event.position as i64, value: event.payload.len() as i64 })
+}
+
+#[projection(name = "known-lengths", version = 1, views(Cell))]
+fn known_lengths(event: Event<Anything>, views: &mut Views) -> Result<()> {
+    views.put(Cell { row: String::new(), column: event.position as i64, value: event.payload.len() as i64 })
+}
+
+/// The cells' columns and values.
+fn stored<P: crate::Projection>(kit: &TestKit<P>) -> Vec<(i64, i64)> {
+    kit.rows::<Cell>().into_iter().map(|cell| (cell.column, cell.value)).collect()
 }
 
 #[test]
@@ -325,6 +371,20 @@ fn the_bytes_on_the_wire_are_these() {
     row.encode_row(&mut values).unwrap();
     assert_eq!(key, [0xa1, b'b', 0xcc, 200]);
     assert_eq!(values, [0xd0, 0xdf]);
+}
+
+#[test]
+fn a_manifest_grows_by_what_is_asked_for_alone() {
+    let manifest = |name: &str, end: &str| {
+        let columns =
+            r#"{"name":"row","type":"text"},{"name":"column","type":"integer"},{"name":"value","type":"integer"}"#;
+        let views = format!(r#"[{{"name":"cells","columns":[{columns}],"key":["row","column"]}}]"#);
+        let head = format!(r#""contract":"0.1.0","projection":"{name}","version":1"#);
+        let sources = r#"[{"source":"test","types":["*"]}]"#;
+        format!(r#"{{{head},"sources":{sources},"views":{views},"batch":["payloads"]{end}}}"#)
+    };
+    assert_eq!(crate::manifest::of::<known_lengths>(), manifest("known-lengths", ""));
+    assert_eq!(crate::manifest::of::<lengths>(), manifest("lengths", r#","forgotten":true"#));
 }
 
 #[test]

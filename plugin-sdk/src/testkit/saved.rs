@@ -190,6 +190,11 @@ pub(super) fn read_event(json: &str) -> Result<TestEvent> {
     if let Some(raw) = attributes.remove("position") {
         read.position = Some(serde_json::from_str(raw.get())?);
     }
+    // A producer's attribute of this name may hold anything else.
+    if attributes.get("forgotten").is_some_and(|raw| raw.get() == "true") {
+        read.forgotten = true;
+        attributes.remove("forgotten");
+    }
     let whole_number = |raw: &RawValue| raw.get().trim_matches('"').parse::<u64>().ok();
     if let Some(version) = attributes.get("sequence").and_then(|raw| whole_number(raw)) {
         read.version = version;

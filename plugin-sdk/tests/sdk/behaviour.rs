@@ -361,6 +361,104 @@ mod columns {
     }
 }
 
+/// Events whose content was forgotten.
+mod forgotten {
+    use super::*;
+
+    #[derive(Events)]
+    #[events(source = "a")]
+    enum Lossy<'a> {
+        #[event("Put")]
+        Put(Put<'a>),
+        #[event("Perhaps")]
+        Perhaps(Option<Put<'a>>),
+        #[event("Any")]
+        Any(serde_json::Value),
+        #[event("Unit")]
+        Unit,
+    }
+
+    #[projection(name = "lossy", version = 1, views(Row), forgotten)]
+    fn lossy(event: Event<Lossy>, views: &mut Views) -> Result<()> {
+        let data = match event.data {
+            Lossy::Put(e) | Lossy::Perhaps(Some(e)) => e.id.to_owned(),
+            Lossy::Perhaps(None) => "none".to_owned(),
+            Lossy::Any(value) => value.to_string(),
+            Lossy::Unit => "unit".to_owned(),
+        };
+        let (metadata, n) = (event.metadata, event.payload.len());
+        let mut text = format!("{data} `{metadata}` {n}");
+        if event.forgotten {
+            text.push_str(" forgotten");
+        }
+        views.put(Row { id: event.id.into(), text, ..Default::default() })
+    }
+
+    #[projection(name = "default", version = 1, views(Row))]
+    fn default(event: Event<Lossy>, views: &mut Views) -> Result<()> {
+        let text = event.position.to_string();
+        views.put(Row { id: event.id.into(), text, ..Default::default() })
+    }
+
+    fn events() -> Vec<TestEvent> {
+        let event = |event_type: &str| {
+            TestEvent::new("a", event_type, put("1")).id(event_type).metadata(&json!({ "tenant": "t" }))
+        };
+        vec![event("Perhaps").forgotten(), event("Put"), event("Any").forgotten(), event("Unit").forgotten()]
+    }
+
+    fn texts<P: shadowbox_plugin::Projection>(kit: &TestKit<P>) -> Vec<(String, String)> {
+        kit.rows::<Row>().into_iter().map(|row| (row.id, row.text)).collect()
+    }
+
+    #[test]
+    fn they_come_without_their_content_to_a_projection_that_asks() {
+        let kit = TestKit::new(lossy).given_all(events());
+        let expected = [
+            ("Any", "null `` 0 forgotten"),
+            ("Perhaps", "none `` 0 forgotten"),
+            ("Put", r#"1 `{"tenant":"t"}` 10"#),
+            ("Unit", "unit `` 0 forgotten"),
+        ];
+        assert_eq!(texts(&kit), expected.map(|(id, text)| (id.to_owned(), text.to_owned())));
+        kit.assert_pure();
+    }
+
+    #[test]
+    fn all_others_pass_over_them() {
+        let kit = TestKit::new(default).given_all(events()).given("a", "Put", put("1"));
+        assert_eq!(texts(&kit), [("Put", "1"), ("a/4", "4")].map(|(id, text)| (id.to_owned(), text.to_owned())));
+    }
+
+    #[test]
+    fn a_variant_that_needs_its_payload_refuses_them() {
+        let mut kit = TestKit::new(lossy);
+        let error = kit.try_given([TestEvent::new("a", "Put", put("1")).forgotten()]).unwrap_err();
+        assert_eq!(error.to_string(), "the data of `Put` was forgotten; let its variant hold an `Option`, or nothing");
+        let error = kit.try_given([TestEvent::new("a", "Put", ()).payload(b"")]).unwrap_err().to_string();
+        assert!(error.starts_with("the data of `Put`: "), "{error}");
+    }
+
+    #[test]
+    fn a_cloud_event_says_so_itself() {
+        let read = |forgotten: &str| {
+            let json = format!(r#"{{"id":"1","source":"a","type":"Unit","forgotten":{forgotten}}}"#);
+            texts(&TestKit::new(lossy).given_all([TestEvent::from_cloud_event(&json).unwrap()])).remove(0).1
+        };
+        assert_eq!(read("true"), "unit `` 0 forgotten");
+        assert_eq!(read(r#""long ago""#), r#"unit `{"forgotten":"long ago"}` 0"#);
+    }
+
+    #[test]
+    fn only_the_manifest_that_asks_for_them_says_so() {
+        let manifest = TestKit::new(lossy).manifest();
+        assert_eq!(manifest["forgotten"], true);
+        // The column comes with the events.
+        assert_eq!(manifest["batch"], json!(["metadata", "payloads", "ids"]));
+        assert!(TestKit::new(default).manifest().get("forgotten").is_none());
+    }
+}
+
 #[cfg(all(feature = "uuid", feature = "decimal"))]
 #[test]
 fn uuids_and_decimals_are_columns() {

@@ -42,4 +42,9 @@ async fn waiting(event: Event<Fact>, views: &mut Views) -> Result<()> {
     Ok(())
 }
 
+#[projection(name = "unasked", version = 1, views(Row))]
+fn not_asked_for(event: Event<Fact>, views: &mut Views) -> Result<()> {
+    if event.forgotten { views.delete::<Row>("1") } else { Ok(()) }
+}
+
 fn main() {}

@@ -233,7 +233,7 @@ fn save(config: &Config, generation: &GenerationRecord, letter: &DeadLetter, dir
     let log = EventLog::open(&config.data)?;
     let replay = replay(&config.data, config.sandbox, &log, generation, letter)?;
     let mut event = Vec::new();
-    cloudevents::write(&replay.event.event, Some(replay.event.position), &mut event);
+    cloudevents::write(&replay.event, &mut event);
     event.push(b'\n');
     let rows: String = replay.rows.iter().map(|row| format!("{row}\n")).collect();
     let manifest: Value = serde_json::from_str(&generation.manifest.json)?;
@@ -274,6 +274,9 @@ impl Treat {
             match what {
                 "retry" => say!("applied {}", outcome["applied"]),
                 _ => say!("discarded {}", outcome["discarded"]),
+            }
+            if let Some(forgotten) = outcome["forgotten"].as_u64().filter(|forgotten| *forgotten > 0) {
+                say!("{forgotten} are gone, because the content of their events is forgotten");
             }
             for failed in outcome["failed"].as_array().into_iter().flatten() {
                 let message = short(failed["message"].as_str().unwrap_or_default());

@@ -15,8 +15,8 @@ use shadowbox::log::interleave::{Disorder, Interleave};
 use shadowbox::log::{EventLog, Filter, cloudevents};
 use shadowbox::model::{NewEvent, Position, Time};
 
-use super::Common;
 use super::views::table;
+use super::{Common, one_line};
 
 #[derive(Args)]
 pub(super) struct Append {
@@ -372,7 +372,7 @@ impl Events {
                     }
                     count += 1;
                     line.clear();
-                    cloudevents::write(&event.event, Some(event.position), &mut line);
+                    cloudevents::write(&event, &mut line);
                     line.push(b'\n');
                     if written.is_ok() {
                         written = out.write_all(&line);
@@ -402,9 +402,13 @@ pub(super) struct Log {
 impl Log {
     pub(super) fn run(self, common: &Common) -> Result<()> {
         let config = common.existing()?;
-        let log = EventLog::open(&config.data)?.summary()?;
+        let log = EventLog::open(&config.data)?;
+        let forgettings = log.forgettings(limits::FORGETTINGS_LISTED)?;
+        let log = log.summary()?;
         if self.json {
-            say!("{}", serde_json::to_string_pretty(&log)?);
+            let mut all = serde_json::to_value(&log)?;
+            all["forgettings"] = serde_json::to_value(&forgettings)?;
+            say!("{}", serde_json::to_string_pretty(&all)?);
             return Ok(());
         }
         let mut table = table(&["", "events", "bytes"]);
@@ -421,6 +425,18 @@ impl Log {
             say!("the blocks hold {} bytes, {ratio:.1} times what they take", log.raw_bytes);
         }
         say!("the oldest event was appended at {}, the newest at {}", time(log.first), time(log.last));
+        for f in forgettings {
+            let what = match (&f.before, &f.stream, &f.id) {
+                (Some(before), ..) => format!("what source {:?} had before {before}", f.source),
+                (None, Some(stream), None) => format!("stream {stream:?} of source {:?}", f.source),
+                (None, _, Some(id)) => format!("event {id:?} of source {:?}", f.source),
+                (None, None, None) => format!("a stream of source {:?}, and its name", f.source),
+            };
+            let ended = if f.ended.is_some() { "" } else { " (not ended)" };
+            let reason = f.reason.map_or(String::new(), |reason| format!(": {}", one_line(&reason)));
+            let by = one_line(&f.by);
+            say!("forgetting {}, {}, by {by}{ended}: {} events, {what}{reason}", f.number, f.begun, f.events);
+        }
         Ok(())
     }
 }

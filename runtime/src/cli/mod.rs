@@ -11,6 +11,7 @@ macro_rules! say {
 mod dead_letters;
 mod demo;
 mod events;
+mod forget;
 mod plugin;
 mod proof;
 mod serve;
@@ -76,6 +77,8 @@ enum Command {
     Events(events::Events),
     /// Show what is in the log, and what it takes
     Log(events::Log),
+    /// Forget the content of events for good: from the log, and from all views that took it
+    Forget(forget::Forget),
     /// Show the log's head, and every projection: state, generation, position, lag, rate, error
     Status(views::Status),
     /// Run read-only SQL over all live views; views of several projections can be joined
@@ -90,6 +93,10 @@ enum Command {
     ///
     /// The module in the plugin folder is not taken up again until another one is in its place.
     Rollback(views::Rollback),
+    /// Let a rebuilt generation take the live one's place although that was made from more
+    ///
+    /// A generation that was begun after content was given up by retention, or that passed over damage, waits for this.
+    Promote(forget::Promote),
     /// Start a faulted projection again, from its last commit
     Resume(dead_letters::Resume),
     /// Show or set what a projection does about an event that it cannot apply
@@ -130,6 +137,8 @@ pub(crate) async fn run(cli: Cli) -> Result<ExitCode> {
         Command::Query(command) => command.run(&common).await,
         Command::Rebuild(command) => command.run(&common),
         Command::Rollback(command) => command.run(&common),
+        Command::Forget(command) => command.run(&common).await,
+        Command::Promote(command) => command.run(&common),
         Command::Resume(command) => command.run(&common),
         Command::Policy(command) => command.run(&common),
         Command::DeadLetters(command) => command.run(&common).await,

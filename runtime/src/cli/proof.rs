@@ -137,6 +137,11 @@ fn print_verified(v: &Verified) -> Result<()> {
         v.seed,
         cost(&v.cost)
     );
+    if let Some(from) = v.complete_from {
+        say!(
+            "  complete from position {from} on: content of events before it was not kept when the generation was begun"
+        );
+    }
     if let Some(failed) = &v.failed {
         say!("  the live generation has passed an event that the replay cannot: {failed}");
     }
@@ -213,6 +218,9 @@ fn print_run(p: &Planned, run: &Run) -> Result<()> {
         position(run.until),
         cost(&run.cost)
     );
+    if let Some(from) = run.complete_from {
+        say!("  complete from position {from} on: content of events before it is not kept any more");
+    }
     if let Some(failed) = &run.failed {
         say!("  {}: {}", if failed.by_live { "the live module fails" } else { "it fails" }, failed.error);
         return Ok(());

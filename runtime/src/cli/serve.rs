@@ -22,6 +22,9 @@ pub(super) struct Run {
     /// Where to listen; port 0 takes a free one [default: 127.0.0.1:7070]
     #[arg(long, value_name = "ADDR")]
     listen: Option<String>,
+    /// Let projections pass over parts of the log that are damaged; what they make of the rest says so for ever
+    #[arg(long)]
+    skip_damaged: bool,
     /// Log as JSON lines
     #[arg(long)]
     pub(super) json: bool,
@@ -32,6 +35,7 @@ impl Run {
         let config = common.config(|written| {
             written.plugins = self.plugins.or(written.plugins.take());
             written.listen = self.listen.or(written.listen.take());
+            written.skip_damaged = self.skip_damaged;
         })?;
         let server = Server::start(config).await?;
         // Nobody may be reading. That is no reason not to serve.

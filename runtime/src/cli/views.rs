@@ -11,7 +11,9 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 use shadowbox::config::Config;
 use shadowbox::log::EventLog;
-use shadowbox::supervisor::{GenerationStatus, LogStatus, ProjectionState, ProjectionStatus, Status as Snapshot};
+use shadowbox::supervisor::{
+    GenerationStatus, LogStatus, MadeFrom, ProjectionState, ProjectionStatus, Status as Snapshot, made_from,
+};
 use shadowbox::view::{
     Catalogue, DeadLetters, Error, GenerationRecord, LetterCounts, ProjectionRecord, Role, mark, readers, render, sql,
 };
@@ -74,6 +76,7 @@ async fn at_rest(config: &Config) -> Result<Snapshot> {
             Err(error @ Error::Former { .. }) => (None, Some(error.to_string())),
             Err(error) => return Err(error.into()),
         };
+        let made_from = if record.file.exists() { made_from(&log, &record)?.into() } else { MadeFrom::default() };
         let position = mark.as_ref().map(|mark| mark.position);
         let lag_events = log.count(&record.manifest, position.map_or(0, |p| p.0 + 1), head.next)?;
         let reached = mark.map_or(head.first, |mark| mark.appended);
@@ -97,7 +100,9 @@ async fn at_rest(config: &Config) -> Result<Snapshot> {
                 error,
                 fault: None,
                 dead_letters,
+                made_from,
             },
+            waits: None,
             building: None,
             // A module may have been dropped since; the next start looks.
             rolled_back_from: held,
@@ -160,6 +165,19 @@ fn print(status: &Snapshot) -> Result<()> {
     for p in status.projections.iter() {
         if let Some(error) = &p.live.error {
             say!("{}: {}", p.name, lines(error));
+        }
+        if let Some(waits) = &p.waits {
+            say!("{}: {}", p.name, lines(waits));
+        }
+        let MadeFrom { forgotten, complete_from, damaged } = &p.live.made_from;
+        if let Some(number) = forgotten {
+            say!("{}: its rows may have what was forgotten since (forgetting {number}), until it is rebuilt", p.name);
+        }
+        if let Some(from) = complete_from {
+            say!("{}: complete from position {from} on; content of events before it was not kept", p.name);
+        }
+        for (first, last) in damaged {
+            say!("{}: made without the events {first} to {last}, which could not be read", p.name);
         }
         if let Some(hash) = &p.rolled_back_from {
             let hash = &hash[..hash.len().min(8)];
@@ -358,6 +376,9 @@ fn wait(url: &str, generation: u64, is_live: impl Fn(u64) -> bool) -> Result<()>
         let Some(building) = &status.building else {
             bail!("generation {generation} is not being built any more; see shadowbox status");
         };
+        if let Some(waits) = &status.waits {
+            bail!("{waits}");
+        }
         if let Some(error) = building.error.as_ref().filter(|_| status.state != ProjectionState::Rebuilding) {
             bail!("generation {generation} failed, the former one goes on: {error}");
         }

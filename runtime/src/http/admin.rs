@@ -1,16 +1,19 @@
 //! What an operator and a load balancer ask: status, health, rebuild.
 
 use axum::Json;
+use axum::extract::rejection::JsonRejection;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use axum::http::header::LOCATION;
 use axum::response::{IntoResponse, Response};
+use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::App;
 use super::answer::Failure;
 use crate::config::limits;
-use crate::supervisor::{Error, ProjectionState, ProjectionStatus, Status};
+use crate::log::{self, Forgetting};
+use crate::supervisor::{Error, Forgotten, ProjectionState, ProjectionStatus, Status};
 
 /// `GET /`: what there is.
 pub(super) async fn index() -> Json<Value> {
@@ -21,10 +24,14 @@ pub(super) async fn index() -> Json<Value> {
             "GET /views": "all views: columns, key, generation, position",
             "GET /views/{view}": "rows; ?select=a,b&column=gte.5&order=a.desc&limit=20, as in PostgREST",
             "POST /events": "append one CloudEvent or a batch; answers the first and the last position",
+            "POST /forget": "forget events for good; {\"source\": \"orders\", \"stream\": \"order-1\", \"by\": \"who\"}",
+            "GET /forgettings": "what was forgotten, when and by whom, the newest first",
             "GET /projections": "state, position, lag and errors of all projections",
             "GET /projections/{projection}": "of one",
             "POST /projections/{projection}/rebuild": "build its views anew while the present ones go on answering",
             "POST /projections/{projection}/rollback": "go back to the former generation that is kept",
+            "POST /projections/{projection}/promote": "let the generation that waits for a person take the live one's place",
+            "POST /projections/{projection}/discard": "drop the generation that waits for a person",
             "POST /projections/{projection}/resume": "start a faulted projection again",
             "GET, PUT /projections/{projection}/policy": "what it does about bad events; {\"policy\": \"pause|park|skip|default\"}",
             "GET /projections/{projection}/dead-letters": "events that it could not apply; ?after=NUMBER&limit=100",
@@ -71,6 +78,59 @@ pub(super) async fn rebuild(State(app): State<App>, Path(name): Path<String>) ->
 /// `POST /projections/{name}/rollback`
 pub(super) async fn rollback(State(app): State<App>, Path(name): Path<String>) -> Result<Response, Failure> {
     begun(&name, app.runtime.rollback(&name).await)
+}
+
+/// `POST /projections/{name}/promote`
+pub(super) async fn promote(State(app): State<App>, Path(name): Path<String>) -> Result<Response, Failure> {
+    begun(&name, app.runtime.promote(&name, true).await)
+}
+
+/// `POST /projections/{name}/discard`
+pub(super) async fn discard(State(app): State<App>, Path(name): Path<String>) -> Result<Response, Failure> {
+    begun(&name, app.runtime.promote(&name, false).await)
+}
+
+/// What is to be forgotten.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Forget {
+    source: String,
+    stream: Option<String>,
+    id: Option<String>,
+    #[serde(default)]
+    stream_name: bool,
+    by: Option<String>,
+    reason: Option<String>,
+}
+
+/// `POST /forget`
+pub(super) async fn forget(
+    State(app): State<App>,
+    body: Result<Json<Forget>, JsonRejection>,
+) -> Result<Json<Forgotten>, Failure> {
+    let Json(Forget { source, stream, id, stream_name, by, reason }) =
+        body.map_err(|error| Failure::bad_request(format!("the request cannot be read: {}", error.body_text())))?;
+    let by = by.unwrap_or_else(|| "somebody over http".into());
+    let request = log::Request { source, stream, id, names: stream_name, by, reason };
+    let done = app.runtime.forget(request).await.map_err(|error| match error {
+        Error::Log(log::Error::Request { reason }) => Failure::bad_request(reason),
+        Error::Log(error @ log::Error::Uncleared { .. }) => {
+            Failure::new(StatusCode::SERVICE_UNAVAILABLE, "uncleared", error.to_string())
+        }
+        Error::Log(log::Error::File { error, .. }) if error.kind() == std::io::ErrorKind::TimedOut => {
+            Failure::new(StatusCode::SERVICE_UNAVAILABLE, "busy", error.to_string())
+        }
+        error => Failure::internal(format!("it may have begun, and goes on when it is asked for again: {error}")),
+    })?;
+    Ok(Json(done))
+}
+
+/// `GET /forgettings`
+pub(super) async fn forgettings(State(app): State<App>) -> Result<Json<Vec<Forgetting>>, Failure> {
+    let log = app.runtime.log().clone();
+    let read = tokio::task::spawn_blocking(move || log.forgettings(limits::FORGETTINGS_LISTED)).await;
+    let read = read.map_err(|error| Failure::internal(error.to_string()))?;
+    read.map(Json).map_err(|error| Failure::internal(error.to_string()))
 }
 
 /// What the runtime refuses, as an answer.
@@ -148,7 +208,7 @@ fn why_not_current(projection: &ProjectionStatus) -> Option<String> {
 mod tests {
     use super::*;
     use crate::config::Policy;
-    use crate::supervisor::{GenerationStatus, LogStatus};
+    use crate::supervisor::{GenerationStatus, LogStatus, MadeFrom};
     use crate::view::LetterCounts;
 
     #[test]
@@ -176,12 +236,14 @@ mod tests {
                 error: error.map(str::to_owned),
                 fault: None,
                 dead_letters: LetterCounts::default(),
+                made_from: MadeFrom::default(),
             };
             let file = file.then(|| "p.wasm".to_owned());
             let (name, views) = ("p".to_owned(), vec!["v".to_owned()]);
             let policy = Policy::Pause;
+            let (building, rolled_back_from, waits) = (None, None, None);
             let projection =
-                ProjectionStatus { name, state, file, views, policy, live, building: None, rolled_back_from: None };
+                ProjectionStatus { name, state, file, views, policy, live, building, rolled_back_from, waits };
             let log =
                 LogStatus { identity: "log".into(), head: None, appended: None, sources: 0, types: 0, error: None };
             let status = Status { log, projections: vec![projection], refused: Vec::new() };

@@ -13,6 +13,10 @@ use crate::model::Position;
 pub(super) const POSITION: HeaderName = HeaderName::from_static("shadowbox-position");
 /// The generation that an answer was read from.
 pub(super) const GENERATION: HeaderName = HeaderName::from_static("shadowbox-generation");
+/// Before this position events have come without their content, since their source keeps it no longer.
+pub(super) const COMPLETE_FROM: HeaderName = HeaderName::from_static("shadowbox-complete-from");
+/// Stretches of the log that could not be read, and were passed over.
+pub(super) const DAMAGED: HeaderName = HeaderName::from_static("shadowbox-damaged");
 const PREFER: HeaderName = HeaderName::from_static("prefer");
 pub(super) const PREFERENCE_APPLIED: HeaderName = HeaderName::from_static("preference-applied");
 

@@ -16,7 +16,10 @@ use axum::response::{IntoResponse, Response};
 use serde_json::json;
 use tokio::time::Instant;
 
-use super::answer::{Failure, GENERATION, PREFERENCE_APPLIED, Preferences, accepted, tell_position, wanted_position};
+use super::answer::{
+    COMPLETE_FROM, DAMAGED, Failure, GENERATION, PREFERENCE_APPLIED, Preferences, accepted, tell_position,
+    wanted_position,
+};
 use super::{App, dialect};
 use crate::config::limits;
 use crate::model::Position;
@@ -42,6 +45,7 @@ pub(super) async fn list(State(app): State<App>) -> Json<Vec<serde_json::Value>>
             "projection": view.projection,
             "generation": view.generation,
             "position": view.reached.now(),
+            "complete_from": view.reached.origin().complete_from,
             "columns": view.schema.columns,
             "key": view.schema.key,
             "indexes": view.schema.indexes,
@@ -289,6 +293,15 @@ impl Answer {
         headers.insert(CONTENT_RANGE, ascii(range));
         tell_position(&mut headers, self.position());
         headers.insert(GENERATION, HeaderValue::from(self.view.generation));
+        let origin = self.view.reached.origin();
+        if let Some(from) = origin.complete_from {
+            headers.insert(COMPLETE_FROM, HeaderValue::from(from.0));
+        }
+        if !origin.damaged.is_empty() {
+            // However many there are, a header has its limit; the status has them all.
+            let shown = origin.damaged.iter().take(10).map(|(first, last)| format!("{first}-{last}"));
+            headers.insert(DAMAGED, ascii(shown.collect::<Vec<_>>().join(", ")));
+        }
         if !applied.is_empty() {
             headers.insert(PREFERENCE_APPLIED, ascii(applied.join(", ")));
         }

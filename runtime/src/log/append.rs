@@ -1,11 +1,12 @@
 //! Appending: one durable transaction for all who wait for one.
 //!
-//! Whoever has the writer commits what has queued up meanwhile, its own events among it. An append of some thousand
+//! Of those who wait one commits what has queued up meanwhile, its own events among it. An append of some thousand
 //! events is packed into blocks at once: as rows first, it would be written twice.
 
 use std::collections::{HashMap, VecDeque};
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread::Thread;
 
 use rusqlite::{Connection, OptionalExtension, Transaction, TransactionBehavior, params};
 
@@ -23,12 +24,15 @@ use crate::model::{BatchColumn, ColumnSet, Columns, NewEvent, Position, Time};
 struct Pending {
     events: Vec<NewEvent>,
     bytes: usize,
+    /// Who waits.
+    thread: Thread,
     result: Mutex<Option<Result<Vec<Appended>, Error>>>,
 }
 
 impl Pending {
     fn end(&self, result: Result<Vec<Appended>, Error>) {
         *self.result.lock().expect("no panics while it is held") = Some(result);
+        self.thread.unpark();
     }
 
     fn ended(&self) -> Option<Result<Vec<Appended>, Error>> {
@@ -41,6 +45,10 @@ impl Pending {
 struct Queue {
     waiting: VecDeque<Arc<Pending>>,
     bytes: usize,
+    /// Somebody commits.
+    is_led: bool,
+    /// Whoever did has panicked.
+    is_broken: bool,
 }
 
 impl Queue {
@@ -66,9 +74,25 @@ pub(super) struct Appender {
     writer: Mutex<Writer>,
 }
 
+/// Commits for all who wait; dropping it lets the next one do that.
+struct Lead<'a>(&'a Appender);
+
+impl Drop for Lead<'_> {
+    fn drop(&mut self) {
+        let mut queue = self.0.queue();
+        queue.is_led = false;
+        queue.is_broken |= std::thread::panicking();
+        queue.waiting.iter().take(if queue.is_broken { usize::MAX } else { 1 }).for_each(|next| next.thread.unpark());
+    }
+}
+
 impl Appender {
     pub(super) fn new(writer: Writer) -> Appender {
         Appender { queue: Mutex::default(), writer: Mutex::new(writer) }
+    }
+
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().expect("no panics while it is held")
     }
 
     /// Runs alone.
@@ -79,21 +103,34 @@ impl Appender {
     /// Appends, and calls `committed` after each transaction before anybody hears of it.
     pub(super) fn append(&self, events: Vec<NewEvent>, committed: impl Fn(&Done)) -> Result<Vec<Appended>, Error> {
         let bytes = events.iter().map(size).sum();
-        let mine = Arc::new(Pending { events, bytes, result: Mutex::default() });
+        let mine = Arc::new(Pending { events, bytes, thread: std::thread::current(), result: Mutex::default() });
         {
-            let mut queue = self.queue.lock().expect("no panics while it is held");
+            let mut queue = self.queue();
             if !queue.waiting.is_empty() && queue.bytes + bytes > limits::APPEND_QUEUE_BYTES {
                 return Err(Error::Busy { bytes: queue.bytes });
             }
             queue.bytes += bytes;
             queue.waiting.push_back(mine.clone());
         }
-        let mut writer = self.writer.lock().expect("a panic would have ended the process");
         loop {
             if let Some(result) = mine.ended() {
                 return result;
             }
-            let group = self.queue.lock().expect("no panics while it is held").next();
+            let group = {
+                let mut queue = self.queue();
+                assert!(!queue.is_broken, "whoever appended these events has panicked");
+                if queue.is_led || queue.waiting.is_empty() {
+                    drop(queue);
+                    // Whoever leads says when these are committed, or it is this thread's turn. Nobody waits for the
+                    // writer itself: a thread that comes back at once would be faster than those who have to wake.
+                    std::thread::park();
+                    continue;
+                }
+                queue.is_led = true;
+                queue.next()
+            };
+            let _lead = Lead(self);
+            let mut writer = self.writer.lock().expect("a panic would have ended the process");
             match writer.append(&group.iter().map(|pending| &pending.events[..]).collect::<Vec<_>>()) {
                 Ok((done, appended)) => {
                     committed(&done);
@@ -175,6 +212,14 @@ impl Writer {
         })
     }
 
+    pub(super) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
+    pub(super) fn connection(&self) -> &Connection {
+        &self.connection
+    }
+
     /// Moves everything that is in the write-ahead log into the file itself. Readers may be in the way; then some of it
     /// stays where it is, which is no loss.
     pub(super) fn tidy(&self) {
@@ -182,7 +227,7 @@ impl Writer {
     }
 
     /// Runs a transaction when it is this writer's turn. `steps` are the fault points before, in, and after it.
-    fn transaction<T>(
+    pub(super) fn transaction<T>(
         &mut self,
         steps: [&'static str; 3],
         run: impl FnOnce(&mut Open<'_>) -> Result<T, Error>,
@@ -281,9 +326,9 @@ pub(super) fn ids_failed(failures: &Failures, failed: ids::Error) -> Error {
 }
 
 /// A transaction that is open.
-struct Open<'a> {
+pub(super) struct Open<'a> {
     shared: &'a Shared,
-    tx: &'a Transaction<'a>,
+    pub(super) tx: &'a Transaction<'a>,
     hasher: &'a Hasher,
     ids: &'a mut Ids,
     looked: &'a mut VecDeque<(u64, Arc<block::Decoded>)>,
@@ -294,28 +339,36 @@ struct Open<'a> {
 }
 
 impl Open<'_> {
-    fn sql<T>(&self, result: rusqlite::Result<T>) -> Result<T, Error> {
+    pub(super) fn sql<T>(&self, result: rusqlite::Result<T>) -> Result<T, Error> {
         result.map_err(|error| self.shared.failures.sqlite(error))
     }
 
-    fn append(&mut self, groups: &[&[NewEvent]]) -> Result<(Done, Vec<Vec<Appended>>, bool), Error> {
+    fn append<'a>(&mut self, groups: &[&'a [NewEvent]]) -> Result<(Done, Vec<Vec<Appended>>, bool), Error> {
         let (begin, before) = self.sql(file::head(self.tx))?;
         let sealed = self.shared.directory.end();
         // The clock may have been set back; the order of the log may not.
         let now = Time::now().max(before);
         let mut numbering = Numbering::new(self.tx, &self.shared.names);
         let shared = self.shared;
-        let mut number = |kind, name: &str| {
-            numbering.number(kind, name).map_err(|failed| match failed {
+        // Most events are of the same source and type as one of the last.
+        let mut last: [Option<(&str, u32)>; 2] = [None; 2];
+        let mut number = |kind: Kind, name: &'a str| {
+            let last = &mut last[usize::from(kind == Kind::Type)];
+            if let Some((_, number)) = last.filter(|(last, _)| *last == name) {
+                return Ok(number);
+            }
+            let number = numbering.number(kind, name).map_err(|failed| match failed {
                 Failed::Sqlite(error) => shared.failures.sqlite(error),
                 Failed::Names { what, name } => Error::Names { what, name, limit: limits::LOG_NAMES },
-            })
+            })?;
+            *last = Some((name, number));
+            Ok(number)
         };
         if groups.iter().map(|events| events.len()).sum::<usize>() >= limits::CHUNK_EVENTS {
             self.look_for_all(groups, &mut number)?;
         }
         let mut next = begin;
-        let mut seen: HashMap<(u32, &str), u64> = HashMap::new();
+        let mut seen: HashMap<(u32, &str), u64, foldhash::quality::RandomState> = HashMap::default();
         let mut new: Vec<New<'_>> = Vec::new();
         let mut counts = Counts::default();
         let mut appended = Vec::with_capacity(groups.len());
@@ -363,7 +416,7 @@ impl Open<'_> {
                 return Ok(Some(position as u64));
             }
         }
-        if self.expected > 0 && self.is_at(self.expected, source, id)? {
+        if self.expected > 0 && self.is_at(self.expected, source, id).unwrap_or(false) {
             self.expected += 1;
             return Ok(Some(self.expected - 1));
         }
@@ -378,7 +431,12 @@ impl Open<'_> {
             }
         };
         for position in candidates {
-            if self.is_at(position, source, id)? {
+            let found = match self.is_at(position, source, id) {
+                // It has the hash of the id. That cannot be looked at, but there is no other one like it.
+                Err(Error::Damaged { .. }) if self.shared.directory.skips() => true,
+                found => found?,
+            };
+            if found {
                 self.expected = position + 1;
                 return Ok(Some(position));
             }
@@ -387,10 +445,10 @@ impl Open<'_> {
     }
 
     /// Asks the index for all events at once, which takes half the time.
-    fn look_for_all(
+    fn look_for_all<'a>(
         &mut self,
-        groups: &[&[NewEvent]],
-        number: &mut impl FnMut(Kind, &str) -> Result<u32, Error>,
+        groups: &[&'a [NewEvent]],
+        number: &mut impl FnMut(Kind, &'a str) -> Result<u32, Error>,
     ) -> Result<(), Error> {
         let mut hashes = Vec::new();
         for event in groups.iter().copied().flatten() {
@@ -435,7 +493,7 @@ impl Open<'_> {
 
     fn insert(&self, first: u64, now: Time, new: &[New<'_>]) -> Result<(), Error> {
         let insert = || -> rusqlite::Result<()> {
-            let sql = "INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)";
+            let sql = "INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0)";
             let mut statement = self.tx.prepare_cached(sql)?;
             for (position, New { event, source, event_type }) in (first..).zip(new) {
                 statement.execute(params![
@@ -476,7 +534,6 @@ impl Open<'_> {
             appended: now,
             source: new.source,
             event_type: new.event_type,
-            forgotten: false,
             raw: crate::model::RawEvent {
                 position: Position(position),
                 time: new.event.time,
@@ -485,6 +542,7 @@ impl Open<'_> {
                 id: new.event.id.as_bytes(),
                 metadata: new.event.metadata.as_bytes(),
                 payload: &new.event.payload,
+                forgotten: false,
             },
         }));
         // Up to the last multiple of a block's size that is reached; there is one, because there are as many new ones.
@@ -563,8 +621,7 @@ pub(super) struct Stretch {
 
 impl Stretch {
     /// The oldest rows, as many as belong into a block or as fit into one, if more than `keep` are left then.
-    pub(super) fn oldest(log: &Connection, keep: u64) -> rusqlite::Result<Option<Stretch>> {
-        let (sealed, _) = file::sealed(log)?;
+    pub(super) fn oldest(log: &Connection, sealed: u64, keep: u64) -> rusqlite::Result<Option<Stretch>> {
         let size = limits::CHUNK_EVENTS as u64;
         let end = (sealed / size + 1) * size;
         if file::head(log)?.0 < end + keep {
@@ -609,7 +666,6 @@ impl Stretch {
             appended,
             source,
             event_type,
-            forgotten: false,
             raw: self.events.get(i),
         };
         self.others.iter().enumerate().map(row).collect()

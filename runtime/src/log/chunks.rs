@@ -23,6 +23,7 @@ pub struct Chunk {
     appended: Vec<(u32, Time)>,
     /// Whether it was ended by a limit, not by the head of the log.
     is_full: bool,
+    epoch: u64,
 }
 
 impl Chunk {
@@ -32,8 +33,14 @@ impl Chunk {
         types: Vec<(u32, Arc<str>)>,
         appended: Vec<(u32, Time)>,
         is_full: bool,
+        epoch: u64,
     ) -> Chunk {
-        Chunk { events, sources, types, appended, is_full }
+        Chunk { events, sources, types, appended, is_full, epoch }
+    }
+
+    /// The epoch of forgettings in which it was read.
+    pub fn epoch(&self) -> u64 {
+        self.epoch
     }
 
     /// The events; sources and types are indexes into [`Chunk::sources`] and [`Chunk::types`].
@@ -93,6 +100,9 @@ enum Key {
     /// Rows from this position on.
     Rows(u64),
 }
+
+/// How often a chunk is read again because something was forgotten meanwhile.
+const LOADS: u32 = 100;
 
 /// What there is for a reader from a position on.
 pub(super) enum Loaded {
@@ -227,12 +237,23 @@ impl Chunks {
     }
 
     /// From memory, or from the file; one of those who want the same at the same time reads it for all.
-    fn load(&self, key: Key, mut columns: ColumnSet) -> Result<Loaded, Error> {
+    fn load(&self, key: Key, columns: ColumnSet) -> Result<Loaded, Error> {
+        for _ in 0..LOADS {
+            if let Some(loaded) = self.try_load(key, columns)? {
+                return Ok(loaded);
+            }
+        }
+        // The file has forgotten less than it had: it is not the one that was opened.
+        Err(Error::Removed { path: self.shared.path().to_owned() })
+    }
+
+    /// None if something was forgotten just when it was read.
+    fn try_load(&self, key: Key, mut columns: ColumnSet) -> Result<Option<Loaded>, Error> {
         let mut state = self.state();
         loop {
             match state.slots.get(&key) {
                 Some(Slot::Ready(chunk)) if chunk.events.set().covers(columns) => {
-                    return Ok(Loaded::Chunk(chunk.clone()));
+                    return Ok(Some(Loaded::Chunk(chunk.clone())));
                 }
                 Some(Slot::Loading) => state = self.loaded.wait(state).expect("no panics while it is held"),
                 Some(Slot::Ready(chunk)) => {
@@ -253,11 +274,31 @@ impl Chunks {
         });
         match read? {
             Rows::Chunk(chunk) => {
+                self.saw(chunk.epoch);
+                if chunk.epoch < *self.shared.epoch.borrow() {
+                    return Ok(None);
+                }
                 loading.chunk = Some(chunk.clone());
-                Ok(Loaded::Chunk(chunk))
+                Ok(Some(Loaded::Chunk(chunk)))
             }
-            Rows::None => Ok(Loaded::None),
-            Rows::Sealed => Ok(Loaded::Sealed),
+            Rows::None => Ok(Some(Loaded::None)),
+            Rows::Sealed => Ok(Some(Loaded::Sealed)),
+        }
+    }
+
+    /// This many forgettings have begun and ended: what was read before is not kept.
+    pub(super) fn saw(&self, epoch: u64) {
+        let is_new = self.shared.epoch.send_if_modified(|known| {
+            let is_new = *known < epoch;
+            *known = epoch.max(*known);
+            is_new
+        });
+        if is_new {
+            let mut state = self.state();
+            for key in state.order.clone() {
+                state.remove(key);
+            }
+            state.partial = None;
         }
     }
 
@@ -357,7 +398,7 @@ impl Drop for Loading<'_> {
     fn drop(&mut self) {
         let mut state = self.chunks.state();
         state.slots.remove(&self.key);
-        if let Some(chunk) = self.chunk.take() {
+        if let Some(chunk) = self.chunk.take().filter(|chunk| chunk.epoch == *self.chunks.shared.epoch.borrow()) {
             state.insert(self.key, chunk);
         }
         self.chunks.loaded.notify_all();

@@ -9,7 +9,7 @@
 //! | `sequence` | the version in the stream, if it is a whole number (or a string of digits); otherwise metadata |
 //! | `data` | the payload: JSON as it is written, or the text itself if `datacontenttype` is not JSON |
 //! | `data_base64` | the payload's bytes |
-//! | `position` | ignored, so that what `shadowbox events` prints can be appended to another log |
+//! | `position`, `forgotten` if true | ignored, so that what `shadowbox events` prints can be appended to another log |
 //! | all others | metadata: one JSON object, in the order in which they came |
 //!
 //! An attribute that is `null` counts as absent, as the specification wants it. Writing is the inverse: parsing what
@@ -25,7 +25,7 @@ use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
 use crate::config::limits;
-use crate::model::{NewEvent, Position, Time};
+use crate::model::{Event, NewEvent, Time};
 
 /// Why an event is refused: a sentence that names the attribute and its value.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -63,8 +63,10 @@ pub fn split_batch(json: &[u8]) -> Result<Vec<&RawValue>, Error> {
     serde_json::from_slice(json).map_err(|e| Error(format!("the batch is not a JSON array: {e}")))
 }
 
-/// Appends the event as a JSON object on one line, without a line end; `position` becomes an extension attribute.
-pub fn write(event: &NewEvent, position: Option<Position>, out: &mut Vec<u8>) {
+/// Appends the event as a JSON object on one line, without a line end; its position becomes an extension attribute, and
+/// that its content is forgotten, if it is.
+pub fn write(event: &Event, out: &mut Vec<u8>) {
+    let Event { position, event, forgotten } = event;
     let text = |out: &mut Vec<u8>, name: &str, value: &str| {
         out.extend_from_slice(name.as_bytes());
         serde_json::to_writer(&mut *out, value).expect("writing to memory cannot fail");
@@ -78,8 +80,9 @@ pub fn write(event: &NewEvent, position: Option<Position>, out: &mut Vec<u8>) {
     if event.version > 0 {
         out.extend_from_slice(format!(",\"sequence\":{}", event.version).as_bytes());
     }
-    if let Some(position) = position {
-        out.extend_from_slice(format!(",\"position\":{position}").as_bytes());
+    out.extend_from_slice(format!(",\"position\":{position}").as_bytes());
+    if *forgotten {
+        out.extend_from_slice(b",\"forgotten\":true");
     }
     out.extend_from_slice(format!(",\"time\":\"{}\"", event.time).as_bytes());
     let attributes = event.metadata.strip_prefix('{').and_then(|m| m.strip_suffix('}')).unwrap_or_default();
@@ -219,6 +222,7 @@ impl<'a> Written<'a> {
             "data" => &mut self.data,
             "data_base64" => &mut self.data_base64,
             "position" => return,
+            "forgotten" if value == "true" => return,
             _ => {
                 if self.others.iter().any(|(other, _)| *other == name) {
                     self.twice.get_or_insert(name.into_owned());
@@ -396,6 +400,7 @@ fn quote(raw: &str) -> Cow<'_, str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::Position;
     use proptest::prelude::*;
 
     /// `extra` is added to the required attributes.
@@ -520,15 +525,17 @@ mod tests {
             microseconds in -377_000_000_000_000_000i64..253_000_000_000_000_000,
             metadata in metadata_texts(),
             payload in payloads(),
-            position in proptest::option::of(any::<u64>().prop_map(Position)),
+            position in any::<u64>().prop_map(Position),
+            forgotten in any::<bool>(),
         ) {
             let (id, source, event_type, stream) = names;
             let time = Time::from_microseconds(microseconds).unwrap();
             let event = NewEvent { source, id, stream, version, event_type, time, metadata, payload };
+            let event = Event { position, event, forgotten };
             let mut json = Vec::new();
-            write(&event, position, &mut json);
+            write(&event, &mut json);
             prop_assert!(!json.contains(&b'\n'));
-            prop_assert_eq!(parse(&json, None).unwrap(), event);
+            prop_assert_eq!(parse(&json, None).unwrap(), event.event);
         }
     }
 }

@@ -17,7 +17,7 @@ use crate::config::limits;
 use crate::fault;
 
 const NEW: &str = "log.new.sqlite";
-const FORMER: &str = "log.former.sqlite";
+pub(super) const FORMER: &str = "log.former.sqlite";
 
 /// How often a conversion says how far it is.
 const SAY: Duration = Duration::from_secs(2);
@@ -51,7 +51,7 @@ pub(super) fn convert(data: &Path) -> Result<(), Error> {
         identity = former.identity(),
         "the log is of the former format; its events are put into one order"
     );
-    let log = EventLog::open_file(data, NEW)?;
+    let log = EventLog::open_file(data, NEW, false)?;
     let (mut done, mut said) = (0, Instant::now());
     while let Some(batch) = former.next_batch(limits::APPEND_EVENTS, limits::APPEND_BYTES)? {
         done += batch.len() as u64;

@@ -1,5 +1,6 @@
 //! What is known of each block without reading it.
 
+use std::ops::Range;
 use std::sync::{RwLock, RwLockReadGuard};
 
 use rusqlite::Connection;
@@ -22,6 +23,8 @@ pub(super) struct Entry {
     /// The earliest and the latest time in it.
     pub(super) times: (Time, Time),
     kinds: Option<Box<[Kind]>>,
+    /// Its header cannot be read, and nobody knows what is in it.
+    damaged: bool,
 }
 
 impl Entry {
@@ -37,6 +40,7 @@ impl Entry {
         see: impl FnOnce(&[Kind]) -> T,
     ) -> Result<T, Error> {
         match &self.kinds {
+            _ if self.damaged => Err(failures.damaged(self.first, Some(self.end() - 1), "its header".into())),
             Some(kinds) => Ok(see(kinds)),
             None => header(log, failures, self.first).map(|header| see(header.kinds())),
         }
@@ -58,14 +62,32 @@ fn decode(bytes: &[u8], first: u64) -> Result<Header, String> {
 }
 
 /// The blocks of a log that this process has heard of, in order and without gaps.
-#[derive(Default)]
 pub(super) struct Directory {
     entries: RwLock<Vec<Entry>>,
+    /// Whether blocks whose headers cannot be read are entered all the same.
+    skips: bool,
 }
 
 impl Directory {
+    /// Without `skips` a header that cannot be read is an error.
+    pub(super) fn new(skips: bool) -> Directory {
+        Directory { entries: RwLock::default(), skips }
+    }
+
+    /// Whether damage is passed over.
+    pub(super) fn skips(&self) -> bool {
+        self.skips
+    }
+
     pub(super) fn entries(&self) -> RwLockReadGuard<'_, Vec<Entry>> {
         self.entries.read().expect("no panics while it is held")
+    }
+
+    /// Where the blocks begin that begin between two positions.
+    pub(super) fn firsts(&self, positions: Range<u64>) -> Vec<u64> {
+        let entries = self.entries();
+        let from = entries.partition_point(|entry| entry.first < positions.start);
+        entries[from..].iter().map(|entry| entry.first).take_while(|first| *first < positions.end).collect()
     }
 
     /// The position after the last block.
@@ -84,7 +106,7 @@ impl Directory {
     /// more at any moment, which a transaction that began before does not see.
     pub(super) fn refresh(&self, log: &Connection, failures: &Failures) -> Result<u64, Error> {
         let mut entries = self.entries.write().expect("no panics while it is held");
-        let mut read = || -> rusqlite::Result<Result<(), (u64, String)>> {
+        let mut read = || -> rusqlite::Result<Result<(), (u64, Option<u64>, String)>> {
             let mut end = entries.last().map_or(0, Entry::end);
             let mut statement =
                 log.prepare_cached("SELECT first, header FROM blocks WHERE first >= ? ORDER BY first")?;
@@ -93,8 +115,23 @@ impl Directory {
                 let first = row.get::<_, i64>(0)? as u64;
                 let header = match decode(row.get_ref(1)?.as_blob()?, first) {
                     Ok(header) if first == end => header,
-                    Ok(_) => return Ok(Err((end, format!("the next block begins at position {first}")))),
-                    Err(what) => return Ok(Err((first, what))),
+                    Ok(_) => {
+                        return Ok(Err((end, Some(first - 1), format!("the next block begins at position {first}"))));
+                    }
+                    Err(what) => match after(log, first)? {
+                        Some(after) if self.skips && first == end => {
+                            entries.push(Entry {
+                                first,
+                                count: after - first,
+                                times: (Time::EPOCH, Time::EPOCH),
+                                kinds: None,
+                                damaged: true,
+                            });
+                            end = after;
+                            continue;
+                        }
+                        after => return Ok(Err((first, after.map(|after| after - 1), what))),
+                    },
                 };
                 let (count, kinds) = (header.count() as u64, header.kinds());
                 entries.push(Entry {
@@ -102,6 +139,7 @@ impl Directory {
                     count,
                     times: header.times(),
                     kinds: (kinds.len() <= KINDS).then(|| kinds.into()),
+                    damaged: false,
                 });
                 end = first + count;
             }
@@ -109,8 +147,15 @@ impl Directory {
         };
         match read() {
             Ok(Ok(())) => Ok(entries.last().map_or(0, Entry::end)),
-            Ok(Err((first, what))) => Err(failures.damaged(first, None, what)),
+            Ok(Err((first, last, what))) => Err(failures.damaged(first, last, what)),
             Err(error) => Err(failures.sqlite(error)),
         }
     }
+}
+
+/// Where the events after a block begin, which its header would say; None if nothing comes after it.
+fn after(log: &Connection, first: u64) -> rusqlite::Result<Option<u64>> {
+    let sql = "SELECT coalesce((SELECT min(first) FROM blocks WHERE first > ?), (SELECT min(position) FROM events))";
+    let after: Option<i64> = log.prepare_cached(sql)?.query_row([first as i64], |r| r.get(0))?;
+    Ok(after.map(|after| after as u64).filter(|after| *after > first))
 }

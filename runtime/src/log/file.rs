@@ -14,17 +14,31 @@ use crate::fault;
 use crate::model::Time;
 
 /// The layout of the file; raised when it changes.
-pub(super) const FORMAT: i64 = 2;
+pub(super) const FORMAT: i64 = 3;
 
-/// The newest events are rows of `events`; all before them are in blocks.
+/// The format before events could be forgotten: it becomes [`FORMAT`] by [`FORGOTTEN`] and [`FORGETTINGS`].
+const UNFORGETTING: i64 = 2;
+
 const SCHEMA: &str = "
     CREATE TABLE log (identity TEXT NOT NULL, created_at TEXT NOT NULL, key BLOB NOT NULL) STRICT;
     CREATE TABLE sources (number INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE) STRICT;
-    CREATE TABLE types (number INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE) STRICT;
+    CREATE TABLE types (number INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE) STRICT;";
+
+/// The newest events are rows of `events`; all before them are in blocks.
+const EVENTS: &str = "
     CREATE TABLE events (position INTEGER PRIMARY KEY, appended INTEGER NOT NULL, time INTEGER NOT NULL,
         source INTEGER NOT NULL, type INTEGER NOT NULL, version INTEGER NOT NULL, stream TEXT NOT NULL, id TEXT NOT NULL,
         metadata TEXT NOT NULL, payload BLOB NOT NULL) STRICT;
     CREATE UNIQUE INDEX events_id ON events (id, source);";
+
+/// Whether the content of a row is gone.
+const FORGOTTEN: &str = "ALTER TABLE events ADD COLUMN forgotten INTEGER NOT NULL DEFAULT 0;";
+
+/// What was forgotten, by whom and when. `kinds` are [`super::forget::Kinds`].
+const FORGETTINGS: &str = "
+    CREATE TABLE forgettings (number INTEGER PRIMARY KEY, begun INTEGER NOT NULL, ended INTEGER, requester TEXT NOT NULL,
+        reason TEXT, source TEXT NOT NULL, stream TEXT, id TEXT, names INTEGER NOT NULL, before INTEGER,
+        events INTEGER NOT NULL, kinds BLOB NOT NULL) STRICT;";
 
 /// What tells a log from every other, and the key of its index of ids.
 pub(super) struct Identity {
@@ -55,13 +69,14 @@ pub(super) fn connect_writer(path: &Path) -> rusqlite::Result<Connection> {
 
 /// Makes the tables of a file that is new. Answers the format of the file, and its identity if that is [`FORMAT`].
 pub(super) fn prepare(connection: &mut Connection) -> rusqlite::Result<(i64, Option<Identity>)> {
-    let is_made = connection.pragma_query_value(None, "user_version", |r| r.get::<_, i64>(0))? == FORMAT;
+    let version = |log: &Connection| log.pragma_query_value(None, "user_version", |r| r.get::<_, i64>(0));
+    let is_made = version(connection)? == FORMAT;
     // A log that is there is not locked for whoever only opens it.
     let behavior = if is_made { TransactionBehavior::Deferred } else { TransactionBehavior::Immediate };
     let tx = connection.transaction_with_behavior(behavior)?;
     let empty: bool = tx.query_row("SELECT count(*) = 0 FROM sqlite_schema", [], |r| r.get(0))?;
     if empty {
-        tx.execute_batch(SCHEMA)?;
+        tx.execute_batch(&[SCHEMA, EVENTS, FORGOTTEN, FORGETTINGS].concat())?;
         let sections: Vec<_> = Section::ALL.iter().map(|s| format!("{} BLOB NOT NULL", s.column())).collect();
         tx.execute_batch(&format!(
             "CREATE TABLE blocks (first INTEGER PRIMARY KEY, header BLOB NOT NULL, {}) STRICT;",
@@ -74,7 +89,11 @@ pub(super) fn prepare(connection: &mut Connection) -> rusqlite::Result<(i64, Opt
         tx.pragma_update(None, "user_version", FORMAT)?;
         fault::point("log.made", tx.path().unwrap_or_default());
     }
-    let format = tx.pragma_query_value(None, "user_version", |r| r.get(0))?;
+    if version(&tx)? == UNFORGETTING {
+        tx.execute_batch(&[FORGOTTEN, FORGETTINGS].concat())?;
+        tx.pragma_update(None, "user_version", FORMAT)?;
+    }
+    let format = version(&tx)?;
     let identity = match format {
         FORMAT => {
             let read = |r: &rusqlite::Row<'_>| Ok(Identity { identity: r.get(0)?, key: r.get(1)? });
@@ -84,6 +103,15 @@ pub(super) fn prepare(connection: &mut Connection) -> rusqlite::Result<(i64, Opt
     };
     tx.commit()?;
     Ok((format, identity))
+}
+
+/// Writes all rows anew. SQLite overwrites what is deleted, but not what it had moved to another page before: copies of
+/// rows can be left in the gaps of pages, until these are freed.
+pub(super) fn rewrite_rows(log: &Connection) -> rusqlite::Result<()> {
+    log.execute_batch(&format!(
+        "ALTER TABLE events RENAME TO events_before; DROP INDEX events_id; {EVENTS} {FORGOTTEN}
+         INSERT INTO events SELECT * FROM events_before ORDER BY position; DROP TABLE events_before;"
+    ))
 }
 
 /// The position after the last block.

@@ -222,6 +222,6 @@ impl Seen {
         // No append may be told of between the two looks.
         let board = self.followers.board();
         let state = self.follower.state();
-        if state.wanted == state.taken { state.checkpoint.max(board.head.last()) } else { state.checkpoint }
+        if state.wanted <= state.taken { state.checkpoint.max(board.head.last()) } else { state.checkpoint }
     }
 }

@@ -11,6 +11,7 @@
 //! - `read.rs` and `chunks.rs`: reading, once for all projections that are near each other; `look.rs`: looking for
 //!   single events.
 //! - `select.rs` and `follow.rs`: what a projection wants, and how much of it waits.
+//! - `forget.rs`: how the content of events goes for good.
 //! - `interleave.rs`: one order for the archives of several services; `former.rs` and `convert.rs`: logs of the former
 //!   format.
 
@@ -22,6 +23,7 @@ mod convert;
 mod directory;
 mod file;
 mod follow;
+mod forget;
 mod former;
 mod ids;
 pub mod interleave;
@@ -55,6 +57,7 @@ use select::Select;
 
 pub use chunks::Chunk;
 pub use follow::{Behind, Following, Head, Seen};
+pub use forget::{Effect, Forgetting, Request};
 pub use look::{Filter, Summary};
 
 /// How many events there are, by the numbers of their source and type.
@@ -155,6 +158,21 @@ pub enum Error {
         /// How many there may be.
         limit: usize,
     },
+    /// What somebody asks to be forgotten cannot be, or not so.
+    #[error("{reason}")]
+    Request {
+        /// A sentence about why not, and what to do.
+        reason: String,
+    },
+    /// What was forgotten may still be read in the write-ahead log, since somebody has a reading transaction open.
+    #[error(
+        "{path:?}: the events are forgotten, but their content may be in the write-ahead log until those who read the file \
+         now have ended; look who has it open, end that, and ask again"
+    )]
+    Uncleared {
+        /// The log's file.
+        path: PathBuf,
+    },
     /// A log of the former format cannot be converted.
     #[error("the event log {path:?} cannot be converted: {what}; it is as it was, restore it from a copy")]
     Conversion {
@@ -231,6 +249,8 @@ struct Inner {
     trouble: Mutex<Option<String>>,
     appender: Appender,
     shared: Arc<Shared>,
+    /// By the number of a source: before which time everything is forgotten that its retention does not keep.
+    retained: Mutex<HashMap<u32, Time>>,
     followers: Arc<Followers>,
     chunks: Arc<Chunks>,
     signals: Arc<(Mutex<Signals>, Condvar)>,
@@ -288,20 +308,30 @@ impl EventLog {
     /// Opens the log of a data directory (`log.sqlite`); directory and file are created if they are not there. A log of
     /// the former format is converted first, which takes some seconds a million events.
     pub fn open(data: &Path) -> Result<EventLog, Error> {
+        EventLog::open_as(data, false)
+    }
+
+    /// The same; but projections pass over blocks that cannot be read, and note that they did. The last block of a log
+    /// without rows must be readable all the same, or nobody would know where the log ends.
+    pub fn open_past_damage(data: &Path) -> Result<EventLog, Error> {
+        EventLog::open_as(data, true)
+    }
+
+    fn open_as(data: &Path, skips: bool) -> Result<EventLog, Error> {
         std::fs::create_dir_all(data).map_err(|error| Error::Directory { path: data.to_owned(), error })?;
         // Nobody opens a file that is about to have another name.
         let _lock = convert::lock(data)?;
         convert::resume(data)?;
-        match EventLog::open_file(data, FILE) {
+        match EventLog::open_file(data, FILE, skips) {
             Err(Error::Format { found: convert::FORMER_FORMAT, .. }) => {
                 convert::convert(data)?;
-                EventLog::open_file(data, FILE)
+                EventLog::open_file(data, FILE, skips)
             }
             opened => opened,
         }
     }
 
-    fn open_file(data: &Path, name: &str) -> Result<EventLog, Error> {
+    fn open_file(data: &Path, name: &str, skips: bool) -> Result<EventLog, Error> {
         let path = data.join(name);
         let failures = Failures(path.clone());
         let mut writer = file::connect_writer(&path).map_err(|error| failures.sqlite(error))?;
@@ -310,11 +340,13 @@ impl EventLog {
             return Err(Error::Format { path, found: format, expected: file::FORMAT });
         };
         let file = file_identity(&path).ok_or_else(|| Error::Removed { path: path.clone() })?;
-        let shared = Arc::new(Shared { failures, names: Names::default(), directory: directory::Directory::default() });
+        let directory = directory::Directory::new(skips);
+        let shared = Arc::new(Shared { failures, names: Names::default(), directory, epoch: watch::Sender::new(0) });
         let mut reader = Reader::open(shared.clone())?;
         let head = reader.snapshot(|reader| {
             reader.refresh()?;
             reader.refresh_names()?;
+            shared.epoch.send_replace(reader.epoch()?);
             reader.head()
         })?;
         Ok(EventLog {
@@ -328,10 +360,16 @@ impl EventLog {
                 followers: Arc::new(Followers::new(head)),
                 chunks: Chunks::new(shared.clone()),
                 shared,
+                retained: Mutex::default(),
                 signals: Arc::default(),
                 threads: Mutex::default(),
             }),
         })
+    }
+
+    /// How many forgettings have begun and ended. What was read before it changed is to be read again.
+    pub fn epoch(&self) -> watch::Receiver<u64> {
+        self.inner.shared.epoch.subscribe()
     }
 
     /// What tells this log from every other: given once, when the file was created.
@@ -479,12 +517,17 @@ impl EventLog {
         }
     }
 
-    /// A digest of the event at a position and when it was appended, or None if there is no such event. A checkpoint keeps
-    /// it, so that a log which was replaced or rolled back is noticed. What can be forgotten of an event is not in it.
-    pub fn fingerprint(&self, position: Position) -> Result<Option<(i64, Time)>, Error> {
+    /// What a checkpoint keeps of the event at a position, so that a log which was replaced or rolled back is noticed; None
+    /// if there is no such event.
+    pub fn fingerprint(&self, position: Position) -> Result<Option<Fingerprint>, Error> {
         let set = ColumnSet::from_iter([BatchColumn::Ids, BatchColumn::Streams]);
-        let event = self.inner.chunks.with_reader(|reader| reader.event(position, set))?;
-        Ok(event.map(|(Event { event: e, .. }, appended)| {
+        let event = match self.inner.chunks.with_reader(|reader| reader.event(position, set)) {
+            Err(Error::Damaged { .. }) if self.inner.shared.directory.skips() => {
+                return Ok(Some(Fingerprint { digest: Fingerprint::UNKNOWN, appended: Time::EPOCH, nameless: true }));
+            }
+            event => event?,
+        };
+        Ok(event.map(|(Event { event: e, forgotten, .. }, appended)| {
             let mut hash = Sha256::new();
             for part in [&e.source, &e.id, &e.event_type, &e.stream] {
                 hash.update((part.len() as u64).to_le_bytes());
@@ -492,8 +535,30 @@ impl EventLog {
             }
             hash.update(e.time.microseconds().to_le_bytes());
             let digest = hash.finalize();
-            (i64::from_le_bytes(digest[..8].try_into().expect("eight bytes")), appended)
+            let digest = i64::from_le_bytes(digest[..8].try_into().expect("eight bytes"));
+            Fingerprint { digest, appended, nameless: forgotten && e.stream.is_empty() }
         }))
+    }
+}
+
+/// What a checkpoint keeps of an event.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fingerprint {
+    /// Of its source, id, type, stream and time. Metadata and payload are not in it: they can be forgotten.
+    pub digest: i64,
+    /// When it was appended; [`Time::EPOCH`] if that cannot be read.
+    pub appended: Time,
+    /// The stream's name may be forgotten, or the event cannot be read: the digest may have been another one.
+    nameless: bool,
+}
+
+impl Fingerprint {
+    /// The digest of an event that could not be read, and was passed over.
+    const UNKNOWN: i64 = 0;
+
+    /// Whether the event can be the one of which a checkpoint has this digest.
+    pub fn is_of(self, digest: i64) -> bool {
+        self.digest == digest || self.nameless || digest == Fingerprint::UNKNOWN
     }
 }
 
@@ -511,6 +576,17 @@ impl Reading {
     /// Readers of a stretch share what is read for the first of them, and what comes next is read meanwhile.
     pub fn chunk(&mut self, begin: u64) -> Result<(u64, Option<Arc<Chunk>>), Error> {
         self.log.inner.chunks.get(begin, self.columns, &mut self.select)
+    }
+
+    /// Whether what cannot be read is to be passed over; how many of the events between two positions, the second one
+    /// excluded, are wanted then.
+    pub fn passes_over(&mut self, begin: u64, end: u64) -> Result<Option<u64>, Error> {
+        let inner = &self.log.inner;
+        if !inner.shared.directory.skips() {
+            return Ok(None);
+        }
+        let counts = inner.chunks.with_reader(|reader| reader.counts(begin, end))?;
+        Ok(Some(self.select.count(&counts, &inner.shared.names)))
     }
 
     /// For the sources and the types of a chunk, which of the subscriptions they match, a bit each: an event is wanted if
@@ -542,7 +618,8 @@ fn poll(inner: &Weak<Inner>, signals: &(Mutex<Signals>, Condvar)) {
                 if std::mem::replace(&mut seen, version) == version {
                     return Ok(false);
                 }
-                let head = reader.head()?;
+                let (head, epoch) = (reader.head()?, reader.epoch()?);
+                inner.chunks.saw(epoch);
                 inner.publish(head, None)?;
                 Ok(true)
             };

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use rusqlite::types::ValueRef;
 use rusqlite::{Connection, OptionalExtension};
+use tokio::sync::watch;
 
 use super::append::Stretch;
 use super::block::{self, Decoded, Section};
@@ -37,6 +38,8 @@ pub(super) struct Shared {
     pub(super) failures: Failures,
     pub(super) names: Names,
     pub(super) directory: Directory,
+    /// How many forgettings have begun and ended, as far as this process knows.
+    pub(super) epoch: watch::Sender<u64>,
 }
 
 impl Shared {
@@ -64,7 +67,7 @@ pub(super) struct Reader {
 fn columns(set: ColumnSet) -> String {
     let column = |column, name| if set.contains(column) { name } else { "NULL" };
     format!(
-        "position, appended, time, source, type, {}, {}, {}, {}, {}",
+        "position, appended, time, source, type, {}, {}, {}, {}, {}, forgotten",
         column(BatchColumn::Versions, "version"),
         column(BatchColumn::Streams, "stream"),
         column(BatchColumn::Ids, "id"),
@@ -84,6 +87,7 @@ pub(super) fn raw<'a>(row: &'a rusqlite::Row<'_>) -> rusqlite::Result<(RawEvent<
         id: bytes(row.get_ref(7)?),
         metadata: bytes(row.get_ref(8)?),
         payload: bytes(row.get_ref(9)?),
+        forgotten: integer(10)? != 0,
     };
     Ok((event, time(integer(1)?), integer(3)? as u32, integer(4)? as u32))
 }
@@ -161,7 +165,10 @@ impl Reader {
     pub(super) fn head(&self) -> Result<Head, Error> {
         let (next, appended) = self.sql(super::file::head)?;
         let first = match self.shared.directory.entries().first() {
-            Some(entry) => header(&self.connection, &self.shared.failures, entry.first)?.appended().0,
+            Some(entry) => match header(&self.connection, &self.shared.failures, entry.first) {
+                Err(Error::Damaged { .. }) if self.shared.directory.skips() => Time::EPOCH,
+                header => header?.appended().0,
+            },
             None => self.sql(|log| {
                 let sql = "SELECT appended FROM events WHERE position = 0";
                 let first = log.prepare_cached(sql)?.query_row([], |row| row.get(0)).optional()?;
@@ -173,7 +180,10 @@ impl Reader {
 
     /// See [`Stretch::oldest`].
     pub(super) fn oldest_rows(&mut self, keep: u64) -> Result<Option<Stretch>, Error> {
-        self.snapshot(|reader| reader.sql(|log| Stretch::oldest(log, keep)))
+        self.snapshot(|reader| {
+            let sealed = reader.refresh()?;
+            reader.sql(|log| Stretch::oldest(log, sealed, keep))
+        })
     }
 
     /// A number that changes with every commit of another connection.
@@ -228,7 +238,8 @@ impl Reader {
         if events.is_empty() {
             return Ok(None);
         }
-        self.chunk(log, events, sources.numbers, types.numbers, appended, is_full).map(Some)
+        let epoch = super::forget::epoch(log)?;
+        self.chunk(log, events, sources.numbers, types.numbers, appended, is_full, epoch).map(Some)
     }
 
     fn chunk(
@@ -239,31 +250,48 @@ impl Reader {
         types: Vec<u32>,
         appended: Vec<(u32, Time)>,
         is_full: bool,
+        epoch: u64,
     ) -> rusqlite::Result<Chunk> {
         let names = &self.shared.names;
         let named = |kind, numbers: Vec<u32>| -> rusqlite::Result<Vec<(u32, Arc<str>)>> {
             let names = names.names(kind, &numbers, log)?;
             Ok(numbers.into_iter().zip(names).collect())
         };
-        Ok(Chunk::new(events, named(Kind::Source, sources)?, named(Kind::Type, types)?, appended, is_full))
+        Ok(Chunk::new(events, named(Kind::Source, sources)?, named(Kind::Type, types)?, appended, is_full, epoch))
     }
 
     /// The block that begins at a position.
     pub(super) fn block(&mut self, first: u64, set: ColumnSet) -> Result<Chunk, Error> {
-        let decoded = self.decode(first, set)?;
-        let Decoded { columns, sources, types, appended, .. } = decoded;
-        let chunk = self.chunk(&self.connection, columns, sources, types, appended, true);
+        let read = self.snapshot(|reader| Ok((reader.decode_here(first, set)?, reader.epoch()?)));
+        let (decoded, epoch) = read.map_err(|error| self.to_the_end(error))?;
+        let Decoded { columns, sources, types, appended } = decoded;
+        let chunk = self.chunk(&self.connection, columns, sources, types, appended, true, epoch);
         chunk.map_err(|error| match error {
-            rusqlite::Error::QueryReturnedNoRows => self.shared.failures.damaged(
+            rusqlite::Error::QueryReturnedNoRows => self.to_the_end(self.shared.failures.damaged(
                 first,
                 None,
                 "it names a source or a type that the log does not have".into(),
-            ),
+            )),
             error => self.shared.failures.sqlite(error),
         })
     }
 
-    pub(super) fn decode(&self, first: u64, set: ColumnSet) -> Result<Decoded, Error> {
+    /// Damage of a block whose header does not say where it ends.
+    fn to_the_end(&self, mut error: Error) -> Error {
+        if let Error::Damaged { first, last: last @ None, .. } = &mut error {
+            let directory = &self.shared.directory;
+            *last = directory.find(first.0).map(|i| Position(directory.entries()[i].end() - 1));
+        }
+        error
+    }
+
+    /// The columns of the block that begins at a position.
+    pub(super) fn decode(&mut self, first: u64, set: ColumnSet) -> Result<Decoded, Error> {
+        self.snapshot(|reader| reader.decode_here(first, set))
+    }
+
+    /// The same in the transaction that is open: header and sections must be of one moment.
+    pub(super) fn decode_here(&self, first: u64, set: ColumnSet) -> Result<Decoded, Error> {
         decode_block(&self.connection, &self.shared.failures, first, set)
     }
 
@@ -286,15 +314,20 @@ impl Reader {
                         partial.push(entry.first);
                         continue;
                     }
-                    entry.kinds(&reader.connection, &shared.failures, |kinds| {
-                        for kind in kinds {
-                            *counts.entry((kind.source, kind.event_type)).or_default() += u64::from(kind.count);
-                        }
-                    })?;
+                    reader.count_all(entry, &mut counts)?;
                 }
             }
             for first in partial {
-                let decoded = reader.decode(first, ColumnSet::default())?;
+                let decoded = match reader.decode_here(first, ColumnSet::default()) {
+                    // Whoever passes over it counts as much.
+                    Err(Error::Damaged { .. }) if shared.directory.skips() => {
+                        let entries = shared.directory.entries();
+                        let at = entries.partition_point(|entry| entry.first < first);
+                        reader.count_all(&entries[at], &mut counts)?;
+                        continue;
+                    }
+                    decoded => decoded?,
+                };
                 for i in 0..decoded.columns.len() {
                     if (begin..end).contains(&decoded.columns.position(i).0) {
                         let source = decoded.sources[usize::from(decoded.columns.source(i))];
@@ -324,6 +357,19 @@ impl Reader {
         Ok(counts)
     }
 
+    /// Adds all of a block; of one whose header cannot be read, and that is passed over, nothing.
+    fn count_all(&self, entry: &Entry, counts: &mut Counts) -> Result<(), Error> {
+        let counted = entry.kinds(&self.connection, &self.shared.failures, |kinds| {
+            for kind in kinds {
+                *counts.entry((kind.source, kind.event_type)).or_default() += u64::from(kind.count);
+            }
+        });
+        match counted {
+            Err(Error::Damaged { .. }) if self.shared.directory.skips() => Ok(()),
+            counted => counted,
+        }
+    }
+
     /// The first position from `begin` on whose block has something that is wanted; that of the rows, if no block has.
     pub(super) fn next_wanted(&self, begin: u64, wants: &mut dyn FnMut(u32, u32) -> bool) -> Result<u64, Error> {
         let entries = self.shared.directory.entries();
@@ -331,8 +377,10 @@ impl Reader {
         for entry in &entries[from..] {
             let wanted = entry.kinds(&self.connection, &self.shared.failures, |kinds| {
                 kinds.iter().any(|kind| wants(kind.source, kind.event_type))
-            })?;
-            if wanted {
+            });
+            // Nobody knows what is in a block whose header cannot be read, so everybody is to hear of it.
+            let skips = self.shared.directory.skips();
+            if matches!(wanted, Err(Error::Damaged { .. })) && skips || wanted? {
                 return Ok(entry.first.max(begin));
             }
         }
@@ -363,7 +411,7 @@ impl Reader {
         if found.is_some() {
             return Ok(found);
         }
-        // Blocks stay as they are, so this need not be the same moment.
+        // What is in a block stays there, so this need not be the same moment.
         self.refresh()?;
         let directory = &self.shared.directory;
         let Some(first) = directory.find(position.0).map(|i| directory.entries()[i].first) else { return Ok(None) };
@@ -385,7 +433,7 @@ pub(super) fn owned(event: RawEvent<'_>, source: &str, event_type: &str) -> Even
         metadata: text(event.metadata),
         payload: event.payload.to_vec(),
     };
-    Event { position: event.position, event: new }
+    Event { position: event.position, event: new, forgotten: event.forgotten }
 }
 
 /// Decodes what is asked for of the block that begins at a position.
@@ -411,6 +459,10 @@ pub(super) fn decode_block(
         read.map_err(Failed::Sqlite)
     });
     decoded.map_err(|failed| match failed {
+        // A page of this block alone.
+        Failed::Sqlite(error) if error.sqlite_error_code() == Some(rusqlite::ErrorCode::DatabaseCorrupt) => {
+            failures.damaged(first, Some(header.last().0), error.to_string())
+        }
         Failed::Sqlite(error) => failures.sqlite(error),
         Failed::Damage(what) => failures.damaged(first, Some(header.last().0), what),
     })

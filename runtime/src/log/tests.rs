@@ -55,7 +55,7 @@ fn read(log: &EventLog, manifest: &Manifest, begin: u64, set: ColumnSet) -> (Vec
 
 /// An event without the columns that are not in the set.
 fn only(event: &Event, set: ColumnSet) -> Event {
-    let Event { position, event: e } = event.clone();
+    let Event { position, event: e, forgotten } = event.clone();
     let has = |column| set.contains(column);
     let event = NewEvent {
         id: if has(BatchColumn::Ids) { e.id } else { String::new() },
@@ -65,7 +65,7 @@ fn only(event: &Event, set: ColumnSet) -> Event {
         payload: if has(BatchColumn::Payloads) { e.payload } else { Vec::new() },
         ..e
     };
-    Event { position, event }
+    Event { position, event, forgotten }
 }
 
 /// Shows where two sequences part, not the thousands of events before.
@@ -84,6 +84,8 @@ enum Step {
     Reopen,
     /// Appends through another handle on the same directory, as another process does.
     Elsewhere(usize),
+    /// Forgets a stream of a source; here or through another handle.
+    Forget(usize, u64, bool),
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -93,6 +95,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         3 => (0_u64..3_000).prop_map(Step::Seal),
         1 => Just(Step::Reopen),
         2 => (1_usize..3_000).prop_map(Step::Elsewhere),
+        2 => (0_usize..4, 0_u64..7, any::<bool>()).prop_map(|(s, n, here)| Step::Forget(s, n, here)),
     ];
     proptest::collection::vec(step, 1..12)
 }
@@ -103,6 +106,11 @@ const TYPES: [&str; 5] = ["OrderPlaced", "OrderPaid", "Measured", "Moved", "Rare
 fn made(n: u64) -> NewEvent {
     let event_type = if n.is_multiple_of(5_000) { "Rare" } else { TYPES[(n % 4) as usize] };
     event(n, SOURCES[(n / 3 % 4) as usize], event_type)
+}
+
+fn request(source: &str, stream: &str) -> Request {
+    let (source, stream) = (source.to_owned(), Some(stream.to_owned()));
+    Request { source, stream, by: "somebody".into(), ..Request::default() }
 }
 
 proptest! {
@@ -134,6 +142,29 @@ proptest! {
                     log.seal(keep).unwrap();
                     None
                 }
+                Step::Forget(source, stream, here) => {
+                    let (source, stream) = (SOURCES[source], format!("stream{stream}"));
+                    let is = |e: &&mut Event| e.event.source == source && e.event.stream == stream;
+                    let (mut events, mut left) = (0, false);
+                    for event in model.iter_mut().filter(is) {
+                        events += 1;
+                        left |= !event.forgotten;
+                        (event.event.metadata, event.event.payload) = Default::default();
+                        event.forgotten = true;
+                    }
+                    if !left {
+                        events = 0;
+                    }
+                    let other = EventLog::open(directory.path()).unwrap();
+                    let done = if here { &log } else { &other }.forget(&request(source, &stream));
+                    match done {
+                        Ok(done) => prop_assert_eq!(done.map_or(0, |done| done.events), events),
+                        Err(error) => prop_assert!(matches!(error, Error::Request { .. }) && events == 0, "{error}"),
+                    }
+                    // What another process did is noticed by and by; a look at the file sees it at once.
+                    log.effect(&all, 0, None).unwrap();
+                    None
+                }
                 Step::Reopen => {
                     drop(following);
                     drop(log);
@@ -147,9 +178,10 @@ proptest! {
                 for (event, Appended { position, new }) in events.into_iter().zip(appended) {
                     if new {
                         prop_assert_eq!(position.0, model.len() as u64);
-                        model.push(Event { position, event });
+                        model.push(Event { position, event, forgotten: false });
                     } else {
-                        prop_assert_eq!(&model[position.0 as usize].event, &event);
+                        let Event { event: known, forgotten, .. } = &model[position.0 as usize];
+                        prop_assert!(known.id == event.id && (*forgotten || *known == event));
                     }
                 }
             }
@@ -170,7 +202,7 @@ proptest! {
         // Appends elsewhere are noticed by and by; an append here tells of all of them.
         let last = made(model.len() as u64);
         let position = log.append([last.clone()]).unwrap()[0].position;
-        model.push(Event { position, event: last });
+        model.push(Event { position, event: last, forgotten: false });
         prop_assert_eq!(log.head_now().next, model.len() as u64);
         let behind = model.iter().filter(wanted).count() as u64;
         prop_assert_eq!(following.seen().behind().events, behind);
@@ -347,4 +379,184 @@ fn too_many_names_are_refused_and_nothing_of_them_is_appended() {
     let error = log.append([made(1), event(2, "one more", "T")]).unwrap_err().to_string();
     assert!(error.contains("\"one more\" is not appended: the log has 1000000 sources"), "{error}");
     assert_eq!(log.head_now().next, 1);
+}
+
+/// Everything that is in the files of a log.
+fn bytes(directory: &Path) -> Vec<u8> {
+    std::fs::read_dir(directory).unwrap().flat_map(|entry| std::fs::read(entry.unwrap().path()).unwrap()).collect()
+}
+
+fn holds(bytes: &[u8], text: &str) -> bool {
+    bytes.windows(text.len()).any(|window| window == text.as_bytes())
+}
+
+/// An event whose payload can hardly be made smaller, so that a text stands in a block as it is.
+fn secret(n: u64, stream: &str, text: &str) -> NewEvent {
+    let mix = |z: u64| (z ^ (z >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let noise = (0..100 + n * n % 700).map(|i| (mix(mix(n << 32 | (i + 1))) >> 56) as u8);
+    let payload = format!("{text}{n}.").into_bytes().into_iter().chain(noise).collect();
+    NewEvent {
+        stream: stream.into(),
+        payload,
+        metadata: format!("{{\"m\":\"{text}\"}}"),
+        ..event(n, "people", "Moved")
+    }
+}
+
+#[test]
+fn what_is_forgotten_is_in_no_byte_of_the_log() {
+    let directory = tempfile::tempdir().unwrap();
+    let log = EventLog::open(directory.path()).unwrap();
+    let stream = |n: u64| if n.is_multiple_of(3) { "alice" } else { "bob" };
+    let text = |n: u64| if n.is_multiple_of(3) { "wonderland" } else { "builder" };
+    // Packed at once, packed from rows, and rows; with enough of them that nothing is compressed away.
+    log.append((0..4_200).map(|n| secret(n, stream(n), text(n))).collect::<Vec<_>>()).unwrap();
+    for n in 4_200..9_000 {
+        log.append([secret(n, stream(n), text(n))]).unwrap();
+    }
+    log.seal(500).unwrap();
+    let packed = rusqlite::Connection::open(directory.path().join("log.sqlite")).unwrap();
+    let packed = packed.query_row("SELECT payloads FROM blocks WHERE first = 0", [], |r| r.get::<_, Vec<u8>>(0));
+    assert!(holds(&packed.unwrap(), "wonderland"), "it could not be found in a block");
+    let reader = EventLog::open(directory.path()).unwrap();
+    let done = log.forget(&request("people", "alice")).unwrap().expect("there are some");
+    assert_eq!((done.number, done.events, &*done.by), (1, 3_000, "somebody"));
+    assert!(done.ended.is_some() && done.stream.as_deref() == Some("alice"));
+    let left = bytes(directory.path());
+    assert!(!holds(&left, "wonderland") && holds(&left, "builder8999."), "rows, blocks, free pages, write-ahead log");
+    // Nothing is shifted, and who sends it again appends nothing.
+    for n in [0, 1, 4_201, 4_203, 8_997, 8_998] {
+        let (found, _) = reader.event(Position(n)).unwrap().unwrap();
+        assert_eq!((found.forgotten, &*found.event.stream), (n % 3 == 0, stream(n)));
+        assert_eq!(found.event.payload.is_empty() && found.event.metadata.is_empty(), n % 3 == 0);
+        assert_eq!(
+            log.append([secret(n, stream(n), text(n))]).unwrap()[0],
+            Appended { position: Position(n), new: false }
+        );
+    }
+    assert!(!holds(&bytes(directory.path()), "wonderland"));
+    assert!(log.forget(&request("people", "alice")).unwrap().is_none(), "there is nothing left to be forgotten");
+    // One event, and the name of a stream.
+    let one = Request { id: Some("id4204".into()), stream: None, ..request("people", "") };
+    assert_eq!(log.forget(&one).unwrap().unwrap().events, 1);
+    let names = Request { names: true, ..request("people", "bob") };
+    let done = log.forget(&names).unwrap().unwrap();
+    assert_eq!((done.number, done.events, done.stream), (3, 6_000, None));
+    assert!(!holds(&bytes(directory.path()), "bob") && !holds(&bytes(directory.path()), "builder"));
+    assert!(log.forgettings(10).unwrap().iter().map(|f| f.number).eq([3, 2, 1]));
+}
+
+#[test]
+fn what_cannot_be_forgotten_so_is_said_and_nothing_is_changed() {
+    let directory = tempfile::tempdir().unwrap();
+    let log = EventLog::open(directory.path()).unwrap();
+    log.append([NewEvent { id: "alice/1".into(), stream: "alice".into(), ..made(0) }]).unwrap();
+    let refusal = |request: &Request| match log.forget(request) {
+        Err(Error::Request { reason }) => reason,
+        other => panic!("{other:?}"),
+    };
+    let names = Request { names: true, ..request("orders", "alice") };
+    assert!(refusal(&names).contains("the id \"alice/1\" has the name of the stream in it"));
+    assert!(refusal(&request("nobody", "alice")).contains("the log has no source \"nobody\""));
+    assert!(refusal(&Request { stream: None, ..request("orders", "") }).contains("neither a stream nor an id"));
+    assert!(refusal(&request("orders", "")).contains("the stream or the id is empty"));
+    let long = Request { reason: Some("x".repeat(2_000)), ..request("orders", "alice") };
+    assert!(refusal(&long).contains("the reason has 2000 bytes; the limit is 1024"));
+    assert!(log.forget(&request("orders", "bob")).unwrap().is_none());
+    std::fs::write(directory.path().join("log.former.sqlite"), "").unwrap();
+    assert!(refusal(&request("orders", "alice")).contains("delete it, then forget"));
+    assert_eq!((*log.epoch().borrow(), log.forgettings(1).unwrap().len()), (0, 0));
+}
+
+#[test]
+fn rows_are_told_what_a_forgetting_means_for_them() {
+    let directory = tempfile::tempdir().unwrap();
+    let log = EventLog::open(directory.path()).unwrap();
+    log.append((0..9_000).map(made).collect::<Vec<_>>()).unwrap();
+    let orders = manifest(&[("orders", &["OrderPaid"])]);
+    let fleet = manifest(&[("fleet", &[])]);
+    // Number 24 is the first of this source and stream of this type.
+    let first =
+        (0..).map(made).position(|e| e.source == "orders" && e.stream == "stream4" && e.event_type == "OrderPaid");
+    let first = Position(first.unwrap() as u64);
+    let before = Position(first.0 - 1);
+    assert_eq!(log.effect(&orders, 0, Some(first)).unwrap(), Effect::default());
+    log.forget(&request("orders", "stream4")).unwrap().unwrap();
+    let effect = |manifest, since, checkpoint| log.effect(manifest, since, checkpoint).unwrap();
+    let clean = Effect { epoch: 2, ..Effect::default() };
+    assert_eq!(effect(&orders, 0, Some(first)), Effect { forgotten: Some(1), ..clean });
+    assert_eq!((effect(&orders, 0, Some(before)), effect(&orders, 0, None)), (clean.clone(), clean.clone()));
+    assert_eq!(
+        (effect(&fleet, 0, Some(Position(8_999))), effect(&orders, 2, Some(first))),
+        (clean.clone(), clean.clone())
+    );
+    // By retention nothing is wrong with what was read before; what is read later lacks something.
+    let cut = log.event(Position(8_999)).unwrap().unwrap().1;
+    let after = Time::from_microseconds(cut.microseconds() + 1).unwrap();
+    let rules = [("ord*".to_owned(), Some(after)), ("*".to_owned(), None)];
+    let done = log.retain(&rules).unwrap().expect("there is something");
+    assert_eq!((done.number, &*done.by, &*done.source, done.before), (2, "retention", "ord*", Some(after)));
+    let last = (0..9_000).filter(|n| made(*n).source == "orders" && made(*n).event_type == "OrderPaid").max().unwrap();
+    let thin = Effect { epoch: 4, forgotten: None, complete_from: Some(Position(last + 1)) };
+    assert_eq!(effect(&orders, 2, Some(Position(last))), Effect { epoch: 4, ..Effect::default() });
+    assert_eq!((effect(&orders, 2, Some(Position(last - 1))), effect(&orders, 2, None)), (thin.clone(), thin));
+    assert_eq!(effect(&fleet, 2, None), Effect { epoch: 4, ..Effect::default() });
+    assert!(log.retain(&rules).unwrap().is_none(), "there is nothing left to be given up");
+    // A source's own rule goes before a glob.
+    let own = [("fl*".to_owned(), Some(after)), ("fleet".to_owned(), None)];
+    assert!(log.retain(&own).unwrap().is_none());
+    // Somebody may have taken the content before it was given up, so a person's request is about it all the same.
+    let done = log.forget(&request("orders", "stream0")).unwrap().expect("views may have it");
+    assert_eq!(done.number, 3);
+    assert_eq!(effect(&orders, 4, Some(Position(8_999))).forgotten, Some(3));
+    assert!(log.forget(&request("orders", "stream0")).unwrap().is_none(), "everybody has been told");
+    assert!(log.event(Position(0)).unwrap().unwrap().0.forgotten);
+}
+
+#[test]
+fn a_log_from_before_forgetting_is_opened_as_it_is() {
+    let directory = tempfile::tempdir().unwrap();
+    drop(EventLog::open(directory.path()).unwrap());
+    let file = rusqlite::Connection::open(directory.path().join("log.sqlite")).unwrap();
+    let former = "ALTER TABLE events DROP COLUMN forgotten; DROP TABLE forgettings; PRAGMA user_version = 2;
+                  INSERT INTO sources VALUES (0, 'orders'); INSERT INTO types VALUES (0, 'T');
+                  INSERT INTO events VALUES (0, 1, 2, 0, 0, 3, 's', 'i', '', x'31');";
+    file.execute_batch(former).unwrap();
+    let log = EventLog::open(directory.path()).unwrap();
+    let (event, _) = log.event(Position(0)).unwrap().unwrap();
+    assert_eq!((event.forgotten, &*event.event.payload, &*event.event.id), (false, &b"1"[..], "i"));
+    assert_eq!(log.forget(&request("orders", "s")).unwrap().unwrap().events, 1);
+    assert!(log.event(Position(0)).unwrap().unwrap().0.forgotten);
+}
+
+#[test]
+fn damage_is_passed_over_only_where_somebody_says_so() {
+    let directory = tempfile::tempdir().unwrap();
+    let log = EventLog::open(directory.path()).unwrap();
+    log.append((0..4 * 4_096).map(made).collect::<Vec<_>>()).unwrap();
+    log.append([made(4 * 4_096)]).unwrap();
+    drop(log);
+    let file = rusqlite::Connection::open(directory.path().join("log.sqlite")).unwrap();
+    for (column, first) in [("payloads", 4_096), ("header", 8_192)] {
+        let sql = format!("UPDATE blocks SET {column} = zeroblob(length({column})) WHERE first = ?");
+        assert_eq!(file.execute(&sql, [first]).unwrap(), 1);
+    }
+    let error = EventLog::open(directory.path()).err().expect("it is damaged").to_string();
+    assert!(error.contains("events 8192 to 12287 cannot be read"), "{error}");
+    let log = EventLog::open_past_damage(directory.path()).unwrap();
+    let all = manifest(&[("*", &[])]);
+    let mut reading = log.reading(&all, ColumnSet::ALL);
+    assert!(reading.chunk(0).is_ok());
+    for (first, last, wanted) in [(4_096, 8_191, 4_096), (8_192, 12_287, 0)] {
+        match reading.chunk(first) {
+            Err(Error::Damaged { first: f, last: Some(l), .. }) => assert_eq!((f.0, l.0), (first, last)),
+            other => panic!("{:?}", other.map(|(begin, _)| begin)),
+        }
+        assert_eq!(reading.passes_over(first, last + 1).unwrap(), Some(wanted));
+    }
+    assert!(reading.chunk(12_288).is_ok());
+    // What waits and what is passed over agree, so that somebody who has passed over it is at the head.
+    let behind = log.follow(&all, None).unwrap().seen().behind().events;
+    assert_eq!(behind, 3 * 4_096 + 1);
+    assert!(!log.append([made(4_100), made(8_200)]).unwrap().iter().any(|a| a.new), "ids of damaged blocks are known");
 }

@@ -41,7 +41,8 @@ impl Turns {
 /// How often is looked at a lock that somebody has. A transaction takes a millisecond or two.
 const LOOK: Duration = Duration::from_millis(1);
 
-fn lock(file: &File, end: Instant) -> io::Result<()> {
+/// Waits for a lock, but not beyond `end`.
+pub(super) fn lock(file: &File, end: Instant) -> io::Result<()> {
     loop {
         match file.try_lock() {
             Ok(()) => return Ok(()),

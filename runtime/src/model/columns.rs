@@ -87,6 +87,8 @@ pub struct RawEvent<'a> {
     pub metadata: &'a [u8],
     /// The data.
     pub payload: &'a [u8],
+    /// Metadata and payload are gone for good, and empty.
+    pub forgotten: bool,
 }
 
 /// Events as columns, in the form that crosses the sandbox boundary (see `wit/projection.wit`): fixed-width columns are
@@ -105,6 +107,8 @@ pub struct Columns {
     ids: Packed,
     payloads: Packed,
     metadata: Packed,
+    /// The indexes of the events whose content is gone, rising: there are few as a rule.
+    forgotten: Vec<u32>,
 }
 
 /// A fixed-width column.
@@ -139,6 +143,7 @@ impl Columns {
             ids: Packed::default(),
             payloads: Packed::default(),
             metadata: Packed::default(),
+            forgotten: Vec::new(),
         }
     }
 
@@ -165,6 +170,12 @@ impl Columns {
         assert_eq!(versions.len(), self.len(), "columns of the same events");
         self.versions = little_endian(versions.map(u64::to_le_bytes));
         self.set = self.set.union(ColumnSet::from_iter([BatchColumn::Versions]));
+    }
+
+    /// Says which events' content is gone, by their indexes, rising.
+    pub fn set_forgotten(&mut self, indexes: Vec<u32>) {
+        assert!(indexes.last().is_none_or(|last| (*last as usize) < self.len()), "indexes of these events");
+        self.forgotten = indexes;
     }
 
     /// Adds a column of varying length for all events.
@@ -215,10 +226,14 @@ impl Columns {
         for packed in [&mut self.streams, &mut self.ids, &mut self.payloads, &mut self.metadata] {
             packed.clear();
         }
+        self.forgotten.clear();
     }
 
     /// Adds one event.
     pub fn push(&mut self, source: u16, event_type: u16, e: RawEvent<'_>) {
+        if e.forgotten {
+            self.forgotten.push(self.len() as u32);
+        }
         self.positions.extend_from_slice(&e.position.0.to_le_bytes());
         self.times.extend_from_slice(&e.time.0.to_le_bytes());
         self.source.extend_from_slice(&source.to_le_bytes());
@@ -248,6 +263,12 @@ impl Columns {
     /// names in the stretch, and `from` must keep all columns that are kept here.
     pub fn extend(&mut self, from: &Columns, range: Range<usize>, sources: &[Option<u16>], types: &[Option<u16>]) {
         assert!(from.set.covers(self.set), "columns that were not read cannot be copied");
+        if !from.forgotten.is_empty() {
+            let begin = from.forgotten.partition_point(|i| (*i as usize) < range.start);
+            let here = from.forgotten[begin..].iter().take_while(|i| (**i as usize) < range.end);
+            let offset = self.len();
+            self.forgotten.extend(here.map(|i| (*i as usize - range.start + offset) as u32));
+        }
         self.positions.extend_from_slice(&from.positions[8 * range.start..8 * range.end]);
         self.times.extend_from_slice(&from.times[8 * range.start..8 * range.end]);
         let stretch = 2 * range.start..2 * range.end;
@@ -274,6 +295,11 @@ impl Columns {
             kept.push(self.source(i), self.event_type(i), self.get(i));
         }
         *self = kept;
+    }
+
+    /// Whether the content of event `i` is gone.
+    pub fn is_forgotten(&self, i: usize) -> bool {
+        !self.forgotten.is_empty() && self.forgotten.binary_search(&(i as u32)).is_ok()
     }
 
     /// The position of event `i`.
@@ -306,14 +332,18 @@ impl Columns {
             id: self.ids.get(i),
             metadata: self.metadata.get(i),
             payload: self.payloads.get(i),
+            forgotten: self.is_forgotten(i),
         }
     }
 
-    /// The batch as a plugin gets it: one MessagePack map with those optional columns that are in `wanted`.
-    pub fn encode(&self, sources: &[Arc<str>], types: &[Arc<str>], wanted: ColumnSet) -> Vec<u8> {
+    /// The batch as a plugin gets it: one MessagePack map with those optional columns that are in `wanted`, and the column
+    /// `forgotten` if the plugin asks for such events.
+    pub fn encode(&self, sources: &[Arc<str>], types: &[Arc<str>], wanted: ColumnSet, forgotten: bool) -> Vec<u8> {
         use serde_bytes::Bytes;
         assert!(self.set.covers(wanted), "columns that are not kept cannot be encoded");
         let column = |c, bytes| wanted.contains(c).then_some(Bytes::new(bytes));
+        let flags: Option<Vec<u8>> =
+            forgotten.then(|| (0..self.len()).map(|i| u8::from(self.is_forgotten(i))).collect());
         let wire = Wire {
             positions: Bytes::new(&self.positions),
             times: Bytes::new(&self.times),
@@ -330,6 +360,7 @@ impl Columns {
             payload_ends: column(BatchColumn::Payloads, &self.payloads.ends),
             metadata: column(BatchColumn::Metadata, &self.metadata.bytes),
             metadata_ends: column(BatchColumn::Metadata, &self.metadata.ends),
+            forgotten: flags.as_deref().map(Bytes::new),
         };
         let mut out = Vec::with_capacity(self.bytes() + 4096);
         wire.serialize(&mut rmp_serde::Serializer::new(&mut out).with_struct_map())
@@ -407,4 +438,6 @@ struct Wire<'a> {
     metadata: Option<&'a serde_bytes::Bytes>,
     #[serde(skip_serializing_if = "Option::is_none")]
     metadata_ends: Option<&'a serde_bytes::Bytes>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    forgotten: Option<&'a serde_bytes::Bytes>,
 }

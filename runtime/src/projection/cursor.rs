@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::Error;
 use crate::config::BatchLimits;
-use crate::log::{Chunk, EventLog, Reading};
+use crate::log::{self, Chunk, EventLog, Reading};
 use crate::manifest::Manifest;
 use crate::model::{ColumnSet, Columns, Position};
 
@@ -61,8 +61,8 @@ impl Batch {
     }
 
     /// As a plugin gets it.
-    pub(super) fn encode(&self, wanted: ColumnSet) -> Vec<u8> {
-        self.events.encode(&self.sources.names, &self.types.names, wanted)
+    pub(super) fn encode(&self, manifest: &Manifest) -> Vec<u8> {
+        self.events.encode(&self.sources.names, &self.types.names, manifest.batch, manifest.forgotten)
     }
 }
 
@@ -71,7 +71,7 @@ impl Batch {
 pub(super) struct Done {
     /// The last event taken or passed over.
     pub(super) position: Option<Position>,
-    /// How many were taken since the session began.
+    /// How many were taken since the session began, those among them whose content is forgotten.
     pub(super) taken: u64,
 }
 
@@ -93,6 +93,10 @@ pub(super) enum Step {
 /// Reads what a projection wants.
 pub(super) struct Cursor {
     reading: Reading,
+    /// Of forgettings: what was read in another one does not belong to the same rows.
+    pub(super) epoch: u64,
+    /// Whether events whose content is forgotten are wanted, too.
+    forgotten: bool,
     /// What is read: taken or passed over before `next`.
     chunk: Option<Arc<Chunk>>,
     next: usize,
@@ -102,13 +106,17 @@ pub(super) struct Cursor {
     sources: Vec<Option<u16>>,
     types: Vec<Option<u16>>,
     done: Done,
+    /// Stretches that could not be read and were passed over.
+    pub(super) damaged: Vec<(Position, Position)>,
 }
 
 impl Cursor {
-    /// Goes on after `done`, and reads these columns.
-    pub(super) fn new(log: &EventLog, manifest: &Manifest, done: Done, columns: ColumnSet) -> Cursor {
+    /// Goes on after `done`, and reads these columns as they are in an epoch.
+    pub(super) fn new(log: &EventLog, manifest: &Manifest, done: Done, columns: ColumnSet, epoch: u64) -> Cursor {
         Cursor {
             reading: log.reading(manifest, columns),
+            epoch,
+            forgotten: manifest.forgotten,
             chunk: None,
             next: 0,
             source_masks: Vec::new(),
@@ -116,6 +124,7 @@ impl Cursor {
             sources: Vec::new(),
             types: Vec::new(),
             done,
+            damaged: Vec::new(),
         }
     }
 
@@ -124,7 +133,8 @@ impl Cursor {
         self.done
     }
 
-    /// Takes the next events into a batch that is empty, up to the limits. The step may also pass over events only.
+    /// Takes the next events into a batch, up to the limits. The step may also pass over events only. After
+    /// [`Error::Epoch`] it may go on with what is in the batch, if the epoch is the one of what comes next.
     pub(super) fn next(&mut self, limits: &BatchLimits, batch: &mut Batch) -> Result<Step, Error> {
         self.forget_names();
         let before = self.done;
@@ -149,11 +159,19 @@ impl Cursor {
 
     /// Reads on. False: the log ends here.
     fn fill(&mut self) -> Result<bool, Error> {
-        let (begin, chunk) = self.reading.chunk(self.done.next())?;
+        let (begin, chunk) = loop {
+            match self.reading.chunk(self.done.next()) {
+                Ok(found) => break found,
+                Err(error) => self.pass_over(error)?,
+            }
+        };
         if begin > self.done.next() {
             self.done.position = Some(Position(begin - 1));
         }
         let Some(chunk) = chunk else { return Ok(false) };
+        if chunk.epoch() != self.epoch {
+            return Err(Error::Epoch);
+        }
         self.reading.masks(&chunk, &mut self.source_masks, &mut self.type_masks);
         for (indexes, names) in [(&mut self.sources, chunk.sources()), (&mut self.types, chunk.types())] {
             indexes.clear();
@@ -162,6 +180,17 @@ impl Cursor {
         self.next = (begin - chunk.first()) as usize;
         self.chunk = Some(chunk);
         Ok(true)
+    }
+
+    /// Passes over a block that cannot be read, if somebody has said that this is to be done.
+    fn pass_over(&mut self, error: log::Error) -> Result<(), Error> {
+        let log::Error::Damaged { first, last: Some(last), .. } = &error else { return Err(error.into()) };
+        let begin = first.0.max(self.done.next());
+        let Some(wanted) = self.reading.passes_over(begin, last.0 + 1)? else { return Err(error.into()) };
+        tracing::error!(%error, "passing over it");
+        self.damaged.push((Position(begin), *last));
+        self.done = Done { position: Some(*last), taken: self.done.taken + wanted };
+        Ok(())
     }
 
     /// Takes what is wanted of the chunk and as there is room for.
@@ -178,6 +207,11 @@ impl Cursor {
             if self.source_masks[source] & self.type_masks[event_type] == 0 {
                 self.copy(events, from..i, batch);
                 from = i + 1;
+            } else if events.is_forgotten(i) && !self.forgotten {
+                self.copy(events, from..i, batch);
+                from = i + 1;
+                // It was wanted, and is dealt with.
+                self.done.taken += 1;
             } else {
                 self.sources[source].get_or_insert_with(|| batch.sources.index(&chunk.sources()[source]));
                 self.types[event_type].get_or_insert_with(|| batch.types.index(&chunk.types()[event_type]));

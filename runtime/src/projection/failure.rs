@@ -46,6 +46,8 @@ pub struct Outcome {
     pub applied: u64,
     /// Letters that were discarded.
     pub discarded: u64,
+    /// Letters that are gone because the content of their events is.
+    pub forgotten: u64,
     /// Letters that failed again. Those after them in their streams were not tried.
     pub failed: Vec<Refusal>,
     /// What is left in the generation.
@@ -169,7 +171,7 @@ pub(super) fn encode(manifest: &Manifest, events: &[Event]) -> Vec<u8> {
         }) as u16
     };
     let mut batch = Columns::new(manifest.batch);
-    for Event { position, event } in events {
+    for Event { position, event, forgotten } in events {
         let (source, event_type) = (index(&mut sources, &event.source), index(&mut types, &event.event_type));
         let raw = RawEvent {
             position: *position,
@@ -179,10 +181,11 @@ pub(super) fn encode(manifest: &Manifest, events: &[Event]) -> Vec<u8> {
             id: event.id.as_bytes(),
             metadata: event.metadata.as_bytes(),
             payload: &event.payload,
+            forgotten: *forgotten,
         };
         batch.push(source, event_type, raw);
     }
-    batch.encode(&sources, &types, manifest.batch)
+    batch.encode(&sources, &types, manifest.batch, manifest.forgotten)
 }
 
 impl Session {
@@ -349,7 +352,7 @@ impl Session {
     pub(super) fn retry(&mut self, job: &Job, retry: &mut Retry) -> Result<bool, Error> {
         let mut letters = Vec::new();
         let mut events: Vec<Event> = Vec::new();
-        let mut bytes = 0;
+        let (mut bytes, mut gone) = (0, false);
         while letters.len() < retry.size
             && bytes < job.limits.bytes
             && let Some(letter) = retry.letters.pop_front()
@@ -360,12 +363,18 @@ impl Session {
                 continue;
             }
             let event = event_at(&job.log, letter.event.position)?;
+            if event.forgotten && !job.module.manifest.forgotten {
+                retry.outcome.forgotten += 1;
+                self.letters.remove.push(letter.number);
+                gone = true;
+                continue;
+            }
             bytes += event.event.payload.len() + event.event.metadata.len();
             events.push(event);
             letters.push(letter);
         }
         if letters.is_empty() {
-            return Ok(false);
+            return Ok(gone);
         }
         let task = Task::Applying { events: letters.len(), position: letters[0].event.position };
         let failure = match self.apply_encoded(job, task, &encode(&job.module.manifest, &events)) {

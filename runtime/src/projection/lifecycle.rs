@@ -54,6 +54,9 @@ pub enum Building {
     Stopped(ModuleId),
     /// It catches up.
     Running(ModuleId),
+    /// It is as far as the live one and goes on, but lacks some of what that was made from: a person says whether it takes
+    /// its place.
+    Ready(ModuleId),
     /// It catches up with where the live one has stopped.
     Finishing(ModuleId),
     /// It stands still, for this reason. It is kept: what failed may be needed to see why.
@@ -82,6 +85,14 @@ pub enum Input {
     LiveFaulted(String),
     /// The building worker is as far as the live generation.
     BuildReady,
+    /// The same, but the live one was made from more.
+    BuildThinner,
+    /// A person says that it takes its place all the same. Only while it is ready.
+    Promote,
+    /// A person says that it does not. Only while it is ready.
+    Discard,
+    /// There may be something in the building generation's rows that is forgotten.
+    BuildForgotten,
     /// The building worker has passed where the live generation has stopped.
     BuildPassed,
     /// The building worker has ended.
@@ -146,11 +157,17 @@ impl Live {
 }
 
 impl Building {
+    /// True if somebody follows the log for it.
+    pub fn is_followed(&self) -> bool {
+        matches!(self, Building::Running(_) | Building::Ready(_) | Building::Finishing(_))
+    }
+
     /// The module that builds it.
     pub fn module(&self) -> Option<&ModuleId> {
         match self {
             Building::None => None,
-            Building::Stopped(m) | Building::Running(m) | Building::Finishing(m) | Building::Faulted(m, _) => Some(m),
+            Building::Stopped(m) | Building::Running(m) | Building::Ready(m) => Some(m),
+            Building::Finishing(m) | Building::Faulted(m, _) => Some(m),
         }
     }
 }
@@ -182,7 +199,7 @@ impl State {
                     Building::Faulted(m, _) if !self.back => m.clone(),
                     _ => module.clone(),
                 };
-                if !matches!(self.building, Building::Running(_) | Building::Finishing(_)) {
+                if !self.building.is_followed() {
                     self.build(module, &mut actions);
                 }
             }
@@ -223,8 +240,33 @@ impl State {
                 }
                 other => unreachable!("a worker faulted in {other:?}"),
             },
-            Input::BuildReady => {
+            Input::BuildThinner => {
                 let Building::Running(module) = &self.building else { unreachable!("ready in {:?}", self.building) };
+                self.building = Building::Ready(module.clone());
+            }
+            Input::Discard => {
+                assert!(matches!(self.building, Building::Ready(_)), "refused while no build is ready");
+                self.end_build(&mut actions);
+            }
+            Input::BuildForgotten => {
+                if !self.building.is_followed() {
+                    return actions;
+                }
+                let module = self.building.module().expect("it is followed").clone();
+                if let Live::Waiting(module) = self.live.clone() {
+                    self.start_live(module, &mut actions);
+                }
+                // Nobody goes back to a generation with something in it that is forgotten.
+                if self.back {
+                    self.end_build(&mut actions);
+                } else {
+                    self.build(module, &mut actions);
+                }
+            }
+            Input::BuildReady | Input::Promote => {
+                let (Building::Running(module) | Building::Ready(module)) = &self.building else {
+                    unreachable!("ready in {:?}", self.building)
+                };
                 self.building = Building::Finishing(module.clone());
                 if let Live::Running(m) | Live::Proving { previous: m, .. } = &self.live {
                     self.live = Live::Waiting(m.clone());
@@ -317,7 +359,7 @@ impl State {
             Live::None | Live::Stopped(_) => {}
         }
         match self.building.clone() {
-            Building::Running(module) | Building::Finishing(module) => {
+            Building::Running(module) | Building::Ready(module) | Building::Finishing(module) => {
                 actions.push(Action::StopBuilding);
                 self.building = Building::Stopped(module);
             }
@@ -341,7 +383,7 @@ impl State {
             }
             Building::Faulted(module, _) if self.back => self.revive(module, actions),
             Building::Faulted(module, _) => self.build(module, actions),
-            Building::None | Building::Running(_) | Building::Finishing(_) => {}
+            Building::None | Building::Running(_) | Building::Ready(_) | Building::Finishing(_) => {}
         }
     }
 
@@ -590,7 +632,7 @@ mod tests {
     proptest! {
         #[test]
         fn whatever_happens_there_is_one_writer_a_generation(
-            inputs in proptest::collection::vec((0..11, 0..3_usize, 1..3_u32), 1..60)
+            inputs in proptest::collection::vec((0..13, 0..3_usize, 1..3_u32), 1..60)
         ) {
             let mut state = nothing();
             let mut world = World::default();
@@ -613,9 +655,14 @@ mod tests {
                     4 if world.live_runs => { world.live_runs = false; Input::LiveFaulted(why()) }
                     5 if world.building_runs && hash == 0 => { world.building_runs = false; Input::BuildFaulted(why()) }
                     5 | 6 if world.building_runs => match state.building {
+                        Building::Running(_) if hash == 1 => Input::BuildThinner,
                         Building::Running(_) => Input::BuildReady,
+                        Building::Ready(_) if hash == 1 => Input::Discard,
+                        Building::Ready(_) => Input::Promote,
                         _ => Input::BuildPassed,
                     },
+                    // What a worker has said may come late.
+                    11 => Input::BuildForgotten,
                     7 | 8 => {
                         let to = if state.back { world.building.clone() } else { world.former.last().cloned() };
                         match (&state.building, to, &folder) {
@@ -632,7 +679,7 @@ mod tests {
                     world.perform(action);
                 }
                 prop_assert_eq!(matches!(state.live, Live::Running(_) | Live::Proving { .. }), world.live_runs);
-                prop_assert_eq!(matches!(state.building, Building::Running(_) | Building::Finishing(_)), world.building_runs);
+                prop_assert_eq!(state.building.is_followed(), world.building_runs);
                 prop_assert_eq!(state.live.module().is_some(), world.live.is_some());
                 prop_assert_eq!(state.building.module(), world.building.as_ref());
                 prop_assert_eq!(state.back, world.back);

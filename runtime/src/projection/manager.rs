@@ -17,7 +17,7 @@ use crate::log::EventLog;
 use crate::manifest::{Manifest, ViewSchema};
 use crate::model::FailureReport;
 use crate::plugin::{self, Engine, Module};
-use crate::view::{self, Catalogue, DeadLetters, GenerationRecord, ProjectionRecord, Role, Selector};
+use crate::view::{self, Catalogue, DeadLetters, GenerationRecord, Origin, ProjectionRecord, Role, Selector};
 
 /// What all projections of a runtime share.
 pub struct Shared {
@@ -98,6 +98,8 @@ enum Message {
     Wanted(Option<(String, Box<Module>)>),
     Rebuild(oneshot::Sender<Result<u64, String>>),
     Rollback(oneshot::Sender<Result<u64, String>>),
+    /// The generation that is ready takes the live one's place, or, if false, it is discarded.
+    Promote(bool, oneshot::Sender<Result<u64, String>>),
     Resume(oneshot::Sender<Result<(), String>>),
     SetPolicy(Option<Policy>, oneshot::Sender<Result<(), String>>),
     Treat(Request),
@@ -137,6 +139,7 @@ impl Manager {
             file: None,
             wanted: None,
             refused: None,
+            cleansed: None,
             notices,
             workers: 0,
             shared,
@@ -192,6 +195,11 @@ impl Manager {
         self.ask(Message::Rollback).await
     }
 
+    /// Has the generation that is ready take the place of the live one, or discards it; answers its number.
+    pub async fn promote(&self, promote: bool) -> Result<u64, String> {
+        self.ask(|reply| Message::Promote(promote, reply)).await
+    }
+
     /// Starts again what is faulted, or says why not.
     pub async fn resume(&self) -> Result<(), String> {
         self.ask(Message::Resume).await
@@ -236,13 +244,15 @@ impl Slot {
         let former = is_former(&record.file);
         let stored = record.file.exists().then(|| view::mark(&record.file));
         let checkpoint = stored.and_then(Result::ok).flatten().map(|mark| mark.position);
+        let origin = record.file.exists().then(|| view::origin(&record.file));
+        let origin = origin.and_then(Result::ok).flatten().unwrap_or_default();
         let stored = record.file.exists().then(|| DeadLetters::open(&record.file).and_then(|letters| letters.counts()));
         let dead_letters = stored.and_then(Result::ok).unwrap_or_default();
         Slot {
             record,
             worker: None,
             progress: Arc::new(watch::Sender::new(Arc::new(Progress { dead_letters, ..Progress::default() }))),
-            reached: Reached::new(checkpoint),
+            reached: Reached::new(checkpoint, origin),
             former,
             fault: None,
         }
@@ -304,6 +314,8 @@ struct Running {
     /// The hash of the module in that file.
     wanted: Option<String>,
     refused: Option<String>,
+    /// For which forgetting, as of which epoch, a rebuild has begun.
+    cleansed: Option<(u64, u64)>,
     /// What is done about bad events, for the workers to look at.
     policy: watch::Sender<Policy>,
     notices: mpsc::UnboundedSender<(u64, Notice)>,
@@ -317,8 +329,18 @@ impl Running {
         mut inbox: mpsc::UnboundedReceiver<Message>,
         mut from_workers: mpsc::UnboundedReceiver<(u64, Notice)>,
     ) {
+        let mut epoch = self.shared.log.epoch();
+        if *epoch.borrow_and_update() > 0 {
+            self.forget().await;
+            self.publish();
+        }
         loop {
             tokio::select! {
+                // The sender lives as long as the log.
+                Ok(()) = epoch.changed() => {
+                    epoch.borrow_and_update();
+                    self.forget().await;
+                }
                 message = inbox.recv() => match message {
                     Some(Message::Wanted(module)) => self.wanted(module).await,
                     Some(Message::Rebuild(reply)) => {
@@ -328,6 +350,11 @@ impl Running {
                     }
                     Some(Message::Rollback(reply)) => {
                         let answer = self.rollback().await;
+                        let _ = reply.send(answer);
+                    }
+                    Some(Message::Promote(promote, reply)) => {
+                        let answer = self.decide(promote).await;
+                        // Whoever asked may have gone away.
                         let _ = reply.send(answer);
                     }
                     Some(Message::Resume(reply)) => {
@@ -355,6 +382,7 @@ impl Running {
                 },
                 Some((worker, notice)) = from_workers.recv() => self.noticed(worker, notice).await,
             }
+            self.cleanse().await;
             self.publish();
         }
     }
@@ -400,7 +428,13 @@ impl Running {
         let Some(folder) = self.wanted.clone() else {
             return Err(format!("projection {name:?} has no module in the plugin folder; put it back, then roll back"));
         };
-        if matches!(self.state.building, Building::Stopped(_) | Building::Running(_) | Building::Finishing(_)) {
+        if let Building::Ready(_) = self.state.building {
+            return Err(format!(
+                "a generation of projection {name:?} waits for a person; first shadowbox promote {name}, with --discard or \
+                 without"
+            ));
+        }
+        if self.state.building.is_followed() || matches!(self.state.building, Building::Stopped(_)) {
             let what = if self.state.back { "a rollback" } else { "a rebuild" };
             return Err(format!("{what} of projection {name:?} is under way; see shadowbox status"));
         }
@@ -430,6 +464,119 @@ impl Running {
             (_, Building::Faulted(_, reason)) => Err(format!("the {what} cannot begin: {reason}")),
             (Some(building), _) => Ok(building.record.number),
             (None, _) => Err(format!("projection {:?} could not begin a {what}", self.name)),
+        }
+    }
+
+    async fn decide(&mut self, promote: bool) -> Result<u64, String> {
+        let (Building::Ready(_), Some(building)) = (&self.state.building, &self.building) else {
+            return Err(format!("projection {:?} has no generation that waits for a person", self.name));
+        };
+        let number = building.record.number;
+        let forgotten = self.live.as_ref().and_then(|live| live.reached.origin().forgotten);
+        if let Some(forgotten) = forgotten.filter(|_| !promote) {
+            return Err(format!(
+                "the live generation of projection {:?} may have what was forgotten (forgetting {forgotten}), so \
+                 generation {number} is not dropped; promote it",
+                self.name
+            ));
+        }
+        self.happened(if promote { Input::Promote } else { Input::Discard }).await;
+        Ok(number)
+    }
+
+    /// Something was forgotten: it must not be read in former generations, and those that nobody follows for are looked
+    /// at. Workers look for themselves.
+    async fn forget(&mut self) {
+        self.remove_forgotten().await;
+        for role in [Role::Live, Role::Building] {
+            let slot = if role == Role::Live { &self.live } else { &self.building };
+            let Some(record) = slot.as_ref().filter(|slot| slot.worker.is_none()).map(|slot| slot.record.clone())
+            else {
+                continue;
+            };
+            let Some(origin) = self.made_from(&record).await else { continue };
+            let holds = origin.forgotten.is_some() && !self.state.building.is_followed();
+            let slot = if role == Role::Live { &self.live } else { &self.building };
+            slot.as_ref().expect("as above").reached.made_from(origin);
+            if holds && role == Role::Building {
+                // Nobody follows for it, so what comes of it begins anew.
+                self.drop_build().await;
+            }
+        }
+        let mut forgotten = false;
+        for slot in [&mut self.live, &mut self.building].into_iter().flatten() {
+            let Some(position) = slot.fault.as_ref().map(|fault| fault.event.position) else { continue };
+            let log = self.shared.log.clone();
+            let event = tokio::task::spawn_blocking(move || log.event(position)).await;
+            if event.is_ok_and(|event| event.is_ok_and(|event| event.is_some_and(|(event, _)| event.forgotten))) {
+                // What the plugin said of it is forgotten, too.
+                slot.fault = None;
+                forgotten = true;
+            }
+        }
+        if forgotten && self.file.is_some() {
+            self.happened(Input::Resume).await;
+        }
+    }
+
+    /// A build that stands still has something in it that is forgotten.
+    async fn drop_build(&mut self) {
+        let Some(building) = self.building.take() else { return };
+        let number = building.record.number;
+        self.remove(number).await;
+        (self.state.building, self.state.back) = (Building::None, false);
+        tracing::info!(projection = self.name, generation = number, "removed a build: it has what was forgotten");
+    }
+
+    /// Removes former generations with something in them that is forgotten.
+    async fn remove_forgotten(&mut self) {
+        let mut kept = Vec::new();
+        for record in std::mem::take(&mut self.former) {
+            let holds = self.made_from(&record).await.is_some_and(|origin| origin.forgotten.is_some());
+            if holds && self.remove(record.number).await {
+                let (projection, generation) = (&self.name, record.number);
+                tracing::info!(projection, generation, "removed a former generation: it has what was forgotten");
+            } else {
+                kept.push(record);
+            }
+        }
+        self.former = kept;
+    }
+
+    /// If there may be something in the live rows that is forgotten, they are rebuilt, unless a build is under way. One that
+    /// has failed is tried again for what is forgotten later.
+    async fn cleanse(&mut self) {
+        let Some((number, forgotten)) = self.live.as_ref().and_then(|live| {
+            let origin = live.reached.origin();
+            origin.forgotten.map(|forgotten| (live.record.number, (forgotten, origin.epoch)))
+        }) else {
+            return;
+        };
+        let is_new = self.cleansed < Some(forgotten);
+        match (&self.file, &self.state.live, &self.state.building) {
+            (None, ..) | (_, Live::None | Live::Stopped(_), _) => {}
+            (Some(_), _, Building::None) => {
+                tracing::info!(projection = self.name, generation = number, "rebuilding without what was forgotten");
+                self.happened(Input::Rebuild).await;
+            }
+            (Some(_), _, Building::Faulted(..)) if is_new => self.happened(Input::Rebuild).await,
+            (Some(_), ..) => {}
+        }
+        self.cleansed = Some(forgotten);
+    }
+
+    /// What a generation's rows are made from, as of now; None if that cannot be told.
+    async fn made_from(&self, record: &GenerationRecord) -> Option<Origin> {
+        let (log, record) = (self.shared.log.clone(), record.clone());
+        let look = tokio::task::spawn_blocking(move || super::session::made_from(&log, &record));
+        match look.await {
+            Ok(Ok(origin)) => Some(origin),
+            Ok(Err(error)) => {
+                tracing::warn!(projection = self.name, %error, "cannot tell whether something in it is forgotten");
+                None
+            }
+            // Everything stops.
+            Err(_) => None,
         }
     }
 
@@ -515,17 +662,40 @@ impl Running {
 
     async fn noticed(&mut self, worker: u64, notice: Notice) {
         let is = |slot: &Option<Slot>| slot.as_ref().and_then(|s| s.worker.as_ref()).is_some_and(|w| w.id == worker);
+        let (of_live, of_building) = (is(&self.live), is(&self.building));
+        if let Notice::Faulted(_) = &notice {
+            // It has ended.
+            let slots = [(of_live, &mut self.live), (of_building, &mut self.building)];
+            slots.into_iter().filter(|(is, _)| *is).filter_map(|(_, slot)| slot.as_mut()).for_each(|s| s.worker = None);
+        }
         let at_event = matches!(&notice, Notice::Faulted(Fault { report: Some(_), .. }));
-        let input = match (notice, is(&self.live), is(&self.building)) {
+        let input = match (notice, of_live, of_building) {
             (Notice::Proved, true, _) => Input::LiveProved,
             (Notice::Faulted(fault), true, _) => Input::LiveFaulted(self.fault(Role::Live, fault)),
-            (Notice::Ready, _, true) => Input::BuildReady,
+            // What is to be done about it, is done after everything that happens.
+            (Notice::Forgotten, true, _) => return,
+            (Notice::Forgotten, _, true) => {
+                // Who is on the way without what was forgotten first is let arrive; the rest follows.
+                let first = |slot: &Option<Slot>| slot.as_ref().and_then(|slot| slot.reached.origin().forgotten);
+                if first(&self.live).is_some_and(|live| Some(live) < first(&self.building)) {
+                    return;
+                }
+                Input::BuildForgotten
+            }
+            (Notice::Ready, _, true) => {
+                let origin = |slot: &Option<Slot>| slot.as_ref().map(|slot| slot.reached.origin()).unwrap_or_default();
+                let thinner = origin(&self.live).is_fuller_than(&origin(&self.building));
+                if thinner { Input::BuildThinner } else { Input::BuildReady }
+            }
             (Notice::Passed, _, true) => Input::BuildPassed,
             (Notice::Faulted(fault), _, true) => Input::BuildFaulted(self.fault(Role::Building, fault)),
             // From a worker that has been stopped meanwhile, or of no interest.
             _ => return,
         };
         self.happened(input).await;
+        if let Building::Ready(_) = self.state.building {
+            tracing::warn!(projection = self.name, "a generation waits for a person, see shadowbox status");
+        }
         if at_event && *self.policy.borrow() != Policy::Pause {
             // The policy was changed while the worker stopped by the former one.
             self.happened(Input::Resume).await;
@@ -671,6 +841,9 @@ impl Running {
                     self.shared.catalogue.set_role(&building.record, Role::Former).await?;
                     building.record.role = Role::Former;
                     self.former.extend(self.building.take().map(|slot| slot.record));
+                    if *self.shared.log.epoch().borrow() > 0 {
+                        self.remove_forgotten().await;
+                    }
                 }
             }
             Action::Hold(module) => self.shared.catalogue.set_held(&self.name, module.as_deref()).await?,
@@ -733,6 +906,9 @@ impl Running {
         live.worker.as_ref().expect("it has passed").tell(Command::Lead);
         tracing::info!(projection = self.name, generation = number, "promoted");
         self.refused = None;
+        if *self.shared.log.epoch().borrow() > 0 {
+            self.remove_forgotten().await;
+        }
         while self.former.len() > self.shared.config.keep_generations && self.remove(self.former[0].number).await {
             self.former.remove(0);
         }

@@ -20,7 +20,7 @@ pub use failure::{Outcome, Refusal, Treatment};
 pub use manager::{LiveView, Manager, Shared, Snapshot, SnapshotGeneration, at_rest, module_id};
 pub use reached::Reached;
 pub use replay::{Replay, replay};
-pub use session::check_file;
+pub use session::{check_file, made_from, origin_now};
 pub use shadow::{Applied, Fold, Shadow};
 pub use stalls::Stalls;
 pub use worker::{Activity, Progress, Task};
@@ -95,6 +95,9 @@ pub enum Error {
         /// What the log here has instead.
         found: String,
     },
+    /// Something was forgotten since the session began: what was read before is to be read again.
+    #[error("events were forgotten meanwhile; what was read of the log is read again")]
+    Epoch,
     /// The log does not have an event that it had.
     #[error("the log has no event at position {position} any more; restore it from a copy")]
     Missing {

@@ -6,6 +6,7 @@ use tokio::sync::watch;
 
 use crate::log::Seen;
 use crate::model::Position;
+use crate::view::Origin;
 
 /// Follows one generation, whether somebody works on it or not. What it says never goes back.
 #[derive(Clone)]
@@ -19,13 +20,14 @@ struct State {
     told: Option<Position>,
     /// Of the worker that works on it.
     seen: Option<Seen>,
+    origin: Origin,
 }
 
 impl Reached {
     /// Nobody works on the generation; it is complete to its checkpoint.
-    pub(super) fn new(checkpoint: Option<Position>) -> Reached {
+    pub(super) fn new(checkpoint: Option<Position>, origin: Origin) -> Reached {
         Reached {
-            state: Arc::new(Mutex::new(State { told: checkpoint, seen: None })),
+            state: Arc::new(Mutex::new(State { told: checkpoint, seen: None, origin })),
             moved: Arc::new(watch::Sender::new(checkpoint)),
         }
     }
@@ -38,6 +40,16 @@ impl Reached {
     pub(super) fn begin(&self, seen: Seen) {
         self.state().seen = Some(seen);
         self.moved.send_modify(|_| {});
+    }
+
+    /// What the rows are made from is known anew.
+    pub(super) fn made_from(&self, origin: Origin) {
+        self.state().origin = origin;
+    }
+
+    /// What the rows are made from.
+    pub fn origin(&self) -> Origin {
+        self.state().origin.clone()
     }
 
     /// A commit has ended.

@@ -38,6 +38,13 @@ pub fn replay(
     letter: &DeadLetter,
 ) -> Result<Replay, Error> {
     let event = event_at(log, letter.event.position)?;
+    if event.forgotten {
+        let Event { position, event, .. } = event;
+        return Err(Error::Host(format!(
+            "the content of event {:?} at position {position} is forgotten, so nobody can try it again; discard the letter",
+            event.id
+        )));
+    }
     let bytes = plugin::read(&data.join("modules").join(format!("{}.wasm", generation.module)))?;
     let module = Engine::new(Some(&data.join("cache")), sandbox)?.admit(&bytes)?;
     let tables: Arc<[Table]> = generation.manifest.views.iter().map(Table::new).collect();

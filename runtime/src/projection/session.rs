@@ -12,10 +12,12 @@ use super::shadow::Selection;
 use super::worker::{Job, Task};
 use crate::config::{BatchLimits, limits};
 use crate::log::{EventLog, Following};
+use crate::manifest::Manifest;
 use crate::model::{BatchColumn, ColumnSet, Position, Time};
 use crate::plugin::{Failure, Instance, RowError, Rows};
 use crate::view::{
-    self, Changes, Commit, CommittedRows, Committer, Generation, LetterChanges, LetterState, Mark, Table,
+    self, Changes, Commit, CommittedRows, Committer, Generation, GenerationRecord, LetterChanges, LetterState, Mark,
+    Origin, Table,
 };
 
 /// What a plugin reads from: changes that wait for their commit, those that are being committed, what is committed.
@@ -103,20 +105,29 @@ pub(super) struct Session {
     pub(super) events: u64,
     /// Set where not all events are wanted.
     pub(super) selection: Option<Selection>,
+    /// What the rows are made from, with what is applied.
+    pub(super) origin: Origin,
+    /// Whether that is to be committed, too.
+    origin_changed: bool,
 }
 
 impl Session {
     pub(super) fn open(job: &Job) -> Result<Session, Error> {
-        let generation = Generation::open(&job.file, &job.module.manifest)?;
+        let mut generation = Generation::open(&job.file, &job.module.manifest)?;
         let tables = generation.tables().clone();
         let mark = generation.mark().cloned();
         if let Some(mark) = &mark {
             check_mark(&job.log, &job.file, mark)?;
         }
+        // Before anything is read: whoever had the file before cannot commit any more.
+        let origin = origin_now(&job.log, &job.module.manifest, mark.as_ref(), generation.origin())?;
+        if generation.origin() != Some(&origin) {
+            generation.set_origin(origin.clone())?;
+        }
         let done = Done { position: mark.as_ref().map(|mark| mark.position), taken: 0 };
         let park = Park::load(job)?;
         let columns = columns(job, &park);
-        let cursor = Cursor::new(&job.log, &job.module.manifest, done, columns);
+        let cursor = Cursor::new(&job.log, &job.module.manifest, done, columns, origin.epoch);
         let following = job.log.follow(&job.module.manifest, done.position)?;
         let committed = generation.rows()?;
         Ok(Session {
@@ -147,6 +158,8 @@ impl Session {
             rate: Rate { since: Instant::now(), events: 0, events_a_second: 0.0 },
             events: 0,
             selection: None,
+            origin,
+            origin_changed: false,
         })
     }
 
@@ -196,7 +209,9 @@ impl Session {
     pub(super) fn has_uncommitted(&self) -> bool {
         let begun = self.committing.as_ref().map_or(self.committed, |(done, ..)| *done);
         let passed = |done: Done| done.position.map_or(0, |p| p.0 + 1);
-        self.applied.taken != begun.taken || passed(self.applied) - passed(begun) >= limits::PASSED_EVENTS
+        self.applied.taken != begun.taken
+            || self.origin_changed
+            || passed(self.applied) - passed(begun) >= limits::PASSED_EVENTS
     }
 
     pub(super) fn is_committing(&self) -> bool {
@@ -225,7 +240,19 @@ impl Session {
     pub(super) fn step(&mut self, job: &Job) -> Result<Step, Error> {
         self.batch.clear();
         let limits = BatchLimits { events: self.size, ..job.limits };
-        let step = self.cursor.next(&limits, &mut self.batch)?;
+        let step = loop {
+            match self.cursor.next(&limits, &mut self.batch) {
+                Err(Error::Epoch) => self.check_epoch(job)?,
+                step => break step?,
+            }
+        };
+        for stretch in std::mem::take(&mut self.cursor.damaged) {
+            // What is read again is noted once.
+            if !self.origin.damaged.contains(&stretch) {
+                self.origin.damaged.push(stretch);
+                self.origin_changed = true;
+            }
+        }
         let read = self.batch.len();
         if read > 0 {
             let parked = match self.take_parked(job.max_dead_letters) {
@@ -258,7 +285,7 @@ impl Session {
     }
 
     fn apply(&mut self, job: &Job) -> Result<(), Failure> {
-        let encoded = self.batch.encode(job.module.manifest.batch);
+        let encoded = self.batch.encode(&job.module.manifest);
         let task = Task::Applying { events: self.batch.len(), position: self.batch.events.position(0) };
         self.apply_encoded(job, task, &encoded)
     }
@@ -310,7 +337,7 @@ impl Session {
     pub(super) fn read_anew(&mut self, job: &Job) -> Result<(), Error> {
         let columns = columns(job, &self.park);
         self.batch = Batch::new(columns);
-        self.cursor = Cursor::new(&job.log, &job.module.manifest, self.applied, columns);
+        self.cursor = Cursor::new(&job.log, &job.module.manifest, self.applied, columns, self.origin.epoch);
         Ok(())
     }
 
@@ -334,6 +361,7 @@ impl Session {
     /// Begins to commit what was applied. The commit before must have ended. `rests`: nothing follows for now. An error
     /// makes the session void.
     pub(super) fn begin_commit(&mut self, job: &Job, rests: bool) -> Result<(), Error> {
+        self.check_epoch(job)?;
         let mark = match self.applied.position {
             None => None,
             Some(position) => Some(mark(&job.log, position)?),
@@ -345,10 +373,30 @@ impl Session {
             changes
         };
         let letters = std::mem::take(&mut self.letters);
+        let origin = std::mem::take(&mut self.origin_changed).then(|| self.origin.clone());
         let appended = mark.as_ref().map_or(Time::EPOCH, |mark| mark.appended);
         self.committing = Some((self.applied, appended, std::mem::take(&mut self.has_applied)));
         self.last_commit = Instant::now();
-        self.committer.begin(Commit { mark, changes, module: job.module.hash.clone(), letters, rests });
+        self.committer.begin(Commit { mark, changes, module: job.module.hash.clone(), letters, origin, rests });
+        Ok(())
+    }
+
+    /// Refuses to go on with what was read before something was forgotten, unless it was nothing that is wanted. What is
+    /// committed already, in whichever order the two happened, the next opening of the file finds by its checkpoint.
+    pub(super) fn check_epoch(&mut self, job: &Job) -> Result<(), Error> {
+        if *job.log.epoch().borrow() == self.origin.epoch {
+            return Ok(());
+        }
+        let manifest = &job.module.manifest;
+        let taken = job.log.effect(manifest, self.origin.epoch, Some(Position(u64::MAX)))?;
+        let to_come = job.log.effect(manifest, self.origin.epoch, None)?;
+        // What one that is under way turns out to be about, shows in the next epoch.
+        let goes_on = taken.epoch == to_come.epoch && taken.epoch > self.origin.epoch;
+        if !goes_on || taken.forgotten.is_some() || to_come.complete_from.is_some() {
+            return Err(Error::Epoch);
+        }
+        self.origin.epoch = taken.epoch;
+        self.cursor.epoch = taken.epoch;
         Ok(())
     }
 
@@ -376,8 +424,41 @@ pub(super) fn columns(job: &Job, park: &Park) -> ColumnSet {
 
 /// What a commit that is complete to a position keeps of the event there.
 pub(super) fn mark(log: &EventLog, position: Position) -> Result<Mark, Error> {
-    let Some((fingerprint, appended)) = log.fingerprint(position)? else { return Err(Error::Missing { position }) };
-    Ok(Mark { position, appended, fingerprint, log: log.identity().to_owned() })
+    let Some(event) = log.fingerprint(position)? else { return Err(Error::Missing { position }) };
+    Ok(Mark { position, appended: event.appended, fingerprint: event.digest, log: log.identity().to_owned() })
+}
+
+/// What the rows of a generation are made from, as of now; `stored` is what was known when that was last looked at.
+pub fn origin_now(
+    log: &EventLog,
+    manifest: &Manifest,
+    mark: Option<&Mark>,
+    stored: Option<&Origin>,
+) -> Result<Origin, Error> {
+    let checkpoint = mark.map(|mark| mark.position);
+    let mut origin = stored.cloned().unwrap_or_default();
+    let effect = log.effect(manifest, origin.epoch, checkpoint)?;
+    if stored.is_none() && checkpoint.is_none() {
+        // One that is under way has not ended for what is read of it.
+        origin.began = effect.epoch - effect.epoch % 2;
+    }
+    origin.epoch = effect.epoch;
+    origin.forgotten = origin.forgotten.or(effect.forgotten);
+    origin.complete_from = origin.complete_from.max(effect.complete_from);
+    Ok(origin)
+}
+
+/// What the rows of a generation at rest, or of one that somebody follows for, are made from as of now.
+pub fn made_from(log: &EventLog, record: &GenerationRecord) -> Result<Origin, Error> {
+    let mark = match view::mark(&record.file) {
+        Err(view::Error::Former { .. }) => {
+            // Its position means nothing, so anything may be in it.
+            let forgotten = log.effect(&record.manifest, 0, Some(Position(u64::MAX)))?.forgotten;
+            return Ok(Origin { forgotten, ..Origin::default() });
+        }
+        mark => mark?,
+    };
+    origin_now(log, &record.manifest, mark.as_ref(), view::origin(&record.file)?.as_ref())
 }
 
 /// Refuses a generation that was built from another log than this one.
@@ -393,11 +474,11 @@ pub fn check_file(log: &EventLog, file: &Path) -> Result<(), Error> {
 fn check_mark(log: &EventLog, file: &Path, mark: &Mark) -> Result<(), Error> {
     let identity = log.identity();
     let here = log.fingerprint(mark.position)?;
-    if mark.log == identity && here.is_some_and(|(fingerprint, _)| fingerprint == mark.fingerprint) {
+    if mark.log == identity && here.is_some_and(|event| event.is_of(mark.fingerprint)) {
         return Ok(());
     }
     let found = match here {
-        Some((fingerprint, _)) => format!("log {identity} has event {fingerprint:016x} there"),
+        Some(event) => format!("log {identity} has event {:016x} there", event.digest),
         None => format!("log {identity} has no event there"),
     };
     Err(Error::LogReplaced {

@@ -16,7 +16,7 @@ use crate::config::{BatchLimits, Policy};
 use crate::log::EventLog;
 use crate::model::Position;
 use crate::plugin::Module;
-use crate::view::{Commit, Generation, LetterChanges};
+use crate::view::{Commit, Generation, LetterChanges, Origin};
 
 /// Which events are folded by which module.
 #[derive(Clone)]
@@ -70,7 +70,7 @@ impl Shadow {
             limits: fold.limits,
             // Nobody listens: whoever drives it asks.
             progress: Arc::new(watch::Sender::new(Arc::default())),
-            reached: Reached::new(fold.after),
+            reached: Reached::new(fold.after, Origin::default()),
             notices: mpsc::unbounded_channel().0,
             id: 0,
             proving: false,
@@ -151,6 +151,7 @@ fn begin_after(fold: &Fold<'_>, file: &Path) -> Result<(), Error> {
     let Some(position) = fold.after else { return Ok(()) };
     let mark = Some(mark(fold.log, position)?);
     let module = fold.module.hash.clone();
-    let commit = Commit { mark, changes: Arc::default(), module, letters: LetterChanges::default(), rests: false };
+    let commit =
+        Commit { mark, changes: Arc::default(), module, letters: LetterChanges::default(), origin: None, rests: false };
     Ok(Generation::open(file, &fold.module.manifest)?.commit(&commit)?)
 }

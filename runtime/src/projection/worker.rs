@@ -64,6 +64,8 @@ pub(super) enum Notice {
     Ready,
     /// The checkpoint given with `Finish` is passed; waiting for the promotion.
     Passed,
+    /// There may be something in the rows that is forgotten.
+    Forgotten,
     /// It has ended, because going on would lose or corrupt data.
     Faulted(Fault),
 }
@@ -262,12 +264,19 @@ impl Work {
     /// Runs until stopped (None) or faulted (why).
     fn run(mut self) -> Option<Fault> {
         let mut retries = 0;
+        let mut epoch = None;
         loop {
             let before = self.job.reached.checkpoint();
             let error = match self.attempt() {
                 Leave::Stopped => return None,
                 Leave::Failed(error) => error,
             };
+            let now = *self.job.log.epoch().borrow();
+            let is_new = epoch.replace(now) != Some(now);
+            if matches!(error, Error::Epoch) && is_new && !self.stopping && self.retry.is_none() {
+                tracing::info!("reading anew what events were forgotten in");
+                continue;
+            }
             if let Some(retry) = self.retry.take() {
                 retry.fail(&error.to_string());
             }
@@ -334,7 +343,11 @@ impl Work {
                 Err(error) => return Leave::Failed(error),
             },
         };
+        self.job.reached.made_from(session.origin.clone());
         self.job.reached.begin(session.following.seen());
+        if session.origin.forgotten.is_some() {
+            self.notify(Notice::Forgotten);
+        }
         self.report(&session, false);
         loop {
             if let Err(leave) = self.turn(&mut session) {
@@ -352,6 +365,7 @@ impl Work {
                 return self.finish(session);
             }
         }
+        session.check_epoch(&self.job)?;
         if self.treat(session)? {
             return Ok(());
         }
@@ -460,6 +474,7 @@ impl Work {
     fn commit(&mut self, session: &mut Session, due: bool, wait: bool) -> Result<(), Leave> {
         self.job.doing(Task::Committing);
         let Some(had_applied) = session.commit(&self.job, due, wait)? else { return Ok(()) };
+        self.job.reached.made_from(session.origin.clone());
         self.report(session, wait);
         if had_applied && !self.proved {
             self.proved = true;
@@ -477,6 +492,8 @@ impl Work {
         match self.finishing {
             None if !self.ready && (at_rest || (!self.foreign && session.complete() >= live.checkpoint())) => {
                 self.ready = true;
+                // What it lacks is to be known before it is looked at.
+                self.job.reached.made_from(session.origin.clone());
                 self.notify(Notice::Ready);
             }
             // What a generation of another log has reached says nothing here; then the head of this log is all there is.
@@ -498,10 +515,16 @@ impl Work {
     /// The one place that waits.
     fn wait(&mut self, session: &mut Session) -> Wake {
         self.job.doing(Task::Resting);
+        let mut epoch = self.job.log.epoch();
+        if *epoch.borrow_and_update() != session.origin.epoch {
+            return Wake::Log;
+        }
         self.runtime.block_on(async {
             tokio::select! {
                 command = self.commands.recv() => Wake::Command(command),
                 () = session.following.changed() => Wake::Log,
+                // The sender lives as long as the log.
+                _ = epoch.changed() => Wake::Log,
             }
         })
     }
@@ -533,7 +556,7 @@ fn is_transient(error: &Error) -> bool {
     match error {
         Error::Log(error) => error.is_transient(),
         Error::View(error) => error.is_transient(),
-        Error::Host(_) => true,
+        Error::Host(_) | Error::Epoch => true,
         Error::FirstBatch { .. } | Error::Missing { .. } => false,
         Error::Plugin(_) | Error::Event(_) | Error::Full { .. } | Error::LogReplaced { .. } => false,
     }

@@ -36,17 +36,43 @@ pub enum Error {
     #[error(transparent)]
     Plugin(#[from] plugin::Error),
     #[error(transparent)]
-    Projection(#[from] projection::Error),
+    Projection(projection::Error),
     #[error("there is no projection {name:?}; {known}")]
     UnknownProjection { name: String, known: String },
     #[error("generation {generation} of {name:?} is at {here}, not at {at}{waited}")]
     NotYet { name: String, generation: u64, here: String, at: Position, waited: String },
     #[error("the module {hash} that made the last commit cannot be run: {error}; put it back into {path:?}")]
     Module { hash: String, path: PathBuf, error: plugin::Error },
+    #[error(
+        "generation {generation} of {name:?} may have what was forgotten since its rows were made (forgetting {number}); \
+         nobody can tell before it is rebuilt, see shadowbox status"
+    )]
+    Forgotten { name: String, generation: u64, number: u64 },
+    #[error(
+        "before position {before} the log has lost content that the rows of generation {generation} of {name:?} were made \
+         from, since its source keeps it no longer; only generations that were begun later can be replayed"
+    )]
+    NotKept { name: String, generation: u64, before: Position },
+    #[error(
+        "the rows of generation {generation} of {name:?} were made without the events {first} to {last}, which could not be \
+         read; rebuild it once the log is restored"
+    )]
+    Damaged { name: String, generation: u64, first: Position, last: Position },
+    #[error("events were forgotten meanwhile, or are about to be; ask again, and if it stays so, see shadowbox log")]
+    UnderWay,
     #[error("interrupted; nothing was changed")]
     Interrupted,
     #[error("{0}")]
     Other(String),
+}
+
+impl From<projection::Error> for Error {
+    fn from(error: projection::Error) -> Error {
+        match error {
+            projection::Error::Epoch => Error::UnderWay,
+            error => Error::Projection(error),
+        }
+    }
 }
 
 /// How far a proof has come: what it is doing, how much of it is done, and of how much.

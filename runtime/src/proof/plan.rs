@@ -91,6 +91,9 @@ pub struct Run {
     pub last: Option<u64>,
     /// Up to here: as far as the live generation, or to the head of the log; None for no events at all.
     pub until: Option<Position>,
+    /// Before this position events come without their content, since their source keeps it no longer. If the live rows
+    /// were made from more, a person has to say that the new ones take their place.
+    pub complete_from: Option<Position>,
     /// What it took.
     #[serde(flatten)]
     pub cost: Cost,
@@ -279,7 +282,9 @@ impl Trial<'_> {
         };
         let (cost, failed) = follow(&fold(&self.module), self.scratch.file("new.sqlite"), "running", tell)?;
         let wanted = self.log.count(&self.module.manifest, 0, head.next)?;
-        let mut run = Run { wanted, log: head.next, last: self.last, until, cost, failed: None, views: Vec::new() };
+        let complete_from = self.log.effect(&self.module.manifest, 0, None)?.complete_from;
+        let (log, last) = (head.next, self.last);
+        let mut run = Run { wanted, log, last, until, complete_from, cost, failed: None, views: Vec::new() };
         run.failed = failed.map(|error| Failed { by_live: false, error });
         let mut live_file = self.live.as_ref().map(|(_, snapshot)| snapshot.file.clone());
         if let (None, Some(_), Some(module)) = (&run.failed, self.last, &live_module) {

@@ -9,10 +9,10 @@ use super::{Cost, Error, Progress, Tell, blocking, complete, engine, live, modul
 use crate::config::{BatchLimits, Config, limits};
 use crate::log::EventLog;
 use crate::model::{EventName, Position};
-use crate::projection::{self, Applied, Fold, Shadow, check_file};
+use crate::projection::{self, Applied, Fold, Shadow, check_file, origin_now};
 use crate::supervisor;
 use crate::view::compare::{Comparison, Difference, Side, Snapshot, compare};
-use crate::view::{self, GenerationRecord, Scratch};
+use crate::view::{self, GenerationRecord, Origin, Scratch};
 
 /// What is to be proved.
 #[derive(Clone, Debug)]
@@ -36,6 +36,8 @@ pub struct Verified {
     pub module: String,
     /// To where its rows were complete, and the replayed ones are; None before the first event.
     pub position: Option<Position>,
+    /// Before this position events have come without their content, since their source keeps it no longer.
+    pub complete_from: Option<Position>,
     /// The same seed gives the same batches.
     pub seed: u64,
     /// In how many batches the events were replayed.
@@ -151,6 +153,7 @@ impl Replay<'_> {
     fn run(self, tell: &mut Tell) -> Result<Verified, Error> {
         let log = EventLog::open(&self.config.data)?;
         check_file(&log, &self.live.file)?;
+        let origin = self.check_origin(&log)?;
         let module = module_of(self.config, &engine(self.config)?, &self.record, &self.live)?;
         let until = self.live.checkpoint();
         let fold = Fold {
@@ -166,6 +169,7 @@ impl Replay<'_> {
             generation: self.record.number,
             module: module.hash.clone(),
             position: complete(&log, &module.manifest, until, self.at)?,
+            complete_from: origin.complete_from,
             seed: self.seed,
             batches: 0,
             dropped: 0,
@@ -183,6 +187,9 @@ impl Replay<'_> {
             }
             done => done?,
         }
+        if self.check_origin(&log)?.epoch != origin.epoch {
+            return Err(Error::UnderWay);
+        }
         for schema in &self.record.manifest.views {
             let shadow = self.scratch.file("replay.sqlite");
             let (live, shadow) = (Side { file: &self.live.file, schema }, Side { file: &shadow, schema });
@@ -199,6 +206,27 @@ impl Replay<'_> {
             self.trace(&fold, &mut verified.views, tell)?;
         }
         Ok(verified)
+    }
+
+    /// Refuses rows of which nobody can tell whether they are the fold of the log as it is now.
+    fn check_origin(&self, log: &EventLog) -> Result<Origin, Error> {
+        let (name, generation) = (self.record.projection.clone(), self.record.number);
+        let (manifest, mark) = (&self.record.manifest, self.live.mark.as_ref());
+        let origin = origin_now(log, manifest, mark, self.live.origin.as_ref())?;
+        if !origin.epoch.is_multiple_of(2) {
+            return Err(Error::UnderWay);
+        }
+        if let Some(number) = origin.forgotten {
+            return Err(Error::Forgotten { name, generation, number });
+        }
+        if let Some(&(first, last)) = origin.damaged.first() {
+            return Err(Error::Damaged { name, generation, first, last });
+        }
+        // Whatever was read of what has gone since, was read with its content, or nobody knows.
+        if let Some(before) = log.effect(manifest, origin.began, None)?.complete_from {
+            return Err(Error::NotKept { name, generation, before });
+        }
+        Ok(origin)
     }
 
     /// Replays in batches of random size, with instances dropped at random.

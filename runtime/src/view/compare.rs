@@ -14,6 +14,7 @@ use serde_json::value::RawValue;
 use sha2::{Digest as _, Sha256};
 
 use super::generation::{Mark, mark, read_only};
+use super::origin::{Origin, origin};
 use super::readers::Value;
 use super::row::{Table, quote};
 use super::{Error, render};
@@ -31,6 +32,8 @@ pub struct Snapshot {
     pub module: String,
     /// Events that are not in the rows, because they are dead letters.
     pub dead_letters: HashSet<Position>,
+    /// What the rows were made from; None if no writer has said so.
+    pub origin: Option<Origin>,
 }
 
 impl Snapshot {
@@ -56,7 +59,7 @@ impl Snapshot {
             Ok((module, letters.collect::<rusqlite::Result<_>>()?))
         };
         let (module, dead_letters) = read().map_err(failed(&to))?;
-        Ok(Snapshot { mark: mark(&to)?, module, dead_letters, file: to })
+        Ok(Snapshot { mark: mark(&to)?, origin: origin(&to)?, module, dead_letters, file: to })
     }
 
     /// The position up to which events were applied or passed over.

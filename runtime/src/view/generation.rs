@@ -7,11 +7,11 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 
-use rusqlite::{Connection, OpenFlags, OptionalExtension, TransactionBehavior, params};
+use rusqlite::{Connection, OpenFlags, OptionalExtension, Transaction, TransactionBehavior, params};
 
 use super::changes::{Changes, table};
 use super::row::Table;
-use super::{Error, dead_letters};
+use super::{Error, Origin, dead_letters, origin};
 use crate::config::limits;
 use crate::fault;
 use crate::manifest::Manifest;
@@ -48,6 +48,8 @@ pub struct Commit {
     pub rests: bool,
     /// What becomes a dead letter, and what is none any more.
     pub letters: dead_letters::LetterChanges,
+    /// What the rows are made from, if that has changed.
+    pub origin: Option<Origin>,
 }
 
 /// A generation's file, opened by its one writer.
@@ -59,6 +61,7 @@ pub struct Generation {
     tables: Arc<[Table]>,
     fence: i64,
     mark: Option<Mark>,
+    origin: Option<Origin>,
 }
 
 impl Generation {
@@ -96,11 +99,11 @@ impl Generation {
         if stored.views != manifest.views {
             return Err(mismatch("the columns, keys or indexes differ".into()));
         }
-        // Files from before there were dead letters have no table for them.
-        connection.execute_batch(dead_letters::SCHEMA).map_err(failed)?;
-        let mark = read_mark(path, &connection)?;
+        // Files from before events could be forgotten have no table for it.
+        connection.execute_batch(origin::SCHEMA).map_err(failed)?;
+        let (mark, origin) = (read_mark(path, &connection)?, origin::read(&connection).map_err(failed)?);
         let identity = identity(path).ok_or_else(|| Error::Removed { path: path.to_owned() })?;
-        Ok(Generation { path: path.to_owned(), identity, connection, tables, fence, mark })
+        Ok(Generation { path: path.to_owned(), identity, connection, tables, fence, mark, origin })
     }
 
     /// The views' tables.
@@ -111,6 +114,33 @@ impl Generation {
     /// How far this generation has come; None before the first event.
     pub fn mark(&self) -> Option<&Mark> {
         self.mark.as_ref()
+    }
+
+    /// What the rows are made from; None if nobody has said so yet.
+    pub fn origin(&self) -> Option<&Origin> {
+        self.origin.as_ref()
+    }
+
+    /// Says what the rows are made from.
+    ///
+    /// # Errors
+    ///
+    /// As [`Generation::commit`].
+    pub fn set_origin(&mut self, origin: Origin) -> Result<(), Error> {
+        let write = || -> rusqlite::Result<bool> {
+            let tx = Transaction::new_unchecked(&self.connection, TransactionBehavior::Immediate)?;
+            if !self.is_in_front(&tx)? {
+                return Ok(false);
+            }
+            origin::write(&tx, &origin)?;
+            fail("generation.origin", &tx)?;
+            tx.commit().map(|()| true)
+        };
+        if !write().map_err(|error| self.failed(error))? {
+            return Err(self.fenced(self.mark.as_ref().map(|mark| mark.position)));
+        }
+        self.origin = Some(origin);
+        Ok(())
     }
 
     /// Reads committed rows through a connection of its own.
@@ -131,20 +161,18 @@ impl Generation {
         }
         let found = self.try_commit(commit).map_err(|error| self.failed(error))?;
         if let Some(found) = found {
-            let expected = self.mark.as_ref().map(|mark| mark.position);
-            return Err(Error::Fenced { path: self.path.clone(), expected: show(expected), found: show(found) });
+            return Err(self.fenced(found));
         }
         self.mark.clone_from(&commit.mark);
+        self.origin = commit.origin.clone().or(self.origin.take());
         Ok(())
     }
 
     /// Answers the stored checkpoint if it is not the expected one; then nothing was written.
-    fn try_commit(&mut self, commit: &Commit) -> rusqlite::Result<Option<Option<Position>>> {
-        let tx = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-        let fence: i64 = tx.prepare_cached("SELECT fence FROM _shadowbox_generation")?.query_row([], |r| r.get(0))?;
-        let found = select_mark(&tx)?;
-        if fence != self.fence || found != self.mark {
-            return Ok(Some(found.map(|mark| mark.position)));
+    fn try_commit(&self, commit: &Commit) -> rusqlite::Result<Option<Option<Position>>> {
+        let tx = Transaction::new_unchecked(&self.connection, TransactionBehavior::Immediate)?;
+        if !self.is_in_front(&tx)? {
+            return Ok(Some(select_mark(&tx)?.map(|mark| mark.position)));
         }
         fail("commit.begun", &tx)?;
         for (view, table) in self.tables.iter().enumerate() {
@@ -170,12 +198,26 @@ impl Generation {
                 .execute(params![mark.position.0 as i64, mark.appended.microseconds(), mark.fingerprint, mark.log])?;
         }
         dead_letters::write(&tx, &commit.letters)?;
+        if let Some(origin) = &commit.origin {
+            origin::write(&tx, origin)?;
+        }
         tx.prepare_cached("UPDATE _shadowbox_generation SET module = ?1 WHERE module <> ?1")?
             .execute([&commit.module])?;
         fail("commit.checkpoint", &tx)?;
         tx.commit()?;
         fail("commit.done", &self.connection)?;
         Ok(None)
+    }
+
+    /// False if somebody has opened the file after this writer, or has committed to it.
+    fn is_in_front(&self, tx: &Transaction<'_>) -> rusqlite::Result<bool> {
+        let fence: i64 = tx.prepare_cached("SELECT fence FROM _shadowbox_generation")?.query_row([], |r| r.get(0))?;
+        Ok(fence == self.fence && select_mark(tx)? == self.mark)
+    }
+
+    fn fenced(&self, found: Option<Position>) -> Error {
+        let expected = self.mark.as_ref().map(|mark| mark.position);
+        Error::Fenced { path: self.path.clone(), expected: show(expected), found: show(found) }
     }
 
     fn failed(&self, error: rusqlite::Error) -> Error {

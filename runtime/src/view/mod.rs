@@ -1,7 +1,7 @@
 //! Views: rows, the files that hold them, and the only transaction that changes them.
 //!
-//! Each generation of a projection is one SQLite file with its views, its checkpoint and its dead letters
-//! ([`Generation`], [`DeadLetters`]). The [`Catalogue`] says which generation is live. Reading is apart: [`query`]
+//! Each generation of a projection is one SQLite file with its views, its checkpoint, what it was made from, and its dead
+//! letters ([`Generation`], [`Origin`], [`DeadLetters`]). The [`Catalogue`] says which generation is live. Reading is apart: [`query`]
 //! is a typed query of one view, [`readers`] runs it, [`sql`] runs SQL over all of them, [`render`] shows rows,
 //! [`compare`] tells generations apart.
 
@@ -10,6 +10,7 @@ mod changes;
 pub mod compare;
 mod dead_letters;
 mod generation;
+mod origin;
 pub mod query;
 pub mod readers;
 pub mod render;
@@ -23,6 +24,7 @@ pub use catalogue::{Catalogue, GenerationRecord, ProjectionRecord, Role};
 pub use changes::Changes;
 pub use dead_letters::{DeadLetter, DeadLetters, LetterChanges, LetterCounts, LetterState, Selector};
 pub use generation::{Commit, CommittedRows, Committer, Generation, Mark, mark};
+pub use origin::{Origin, origin};
 pub use row::Table;
 pub use scratch::Scratch;
 

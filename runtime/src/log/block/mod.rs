@@ -12,6 +12,7 @@ mod header;
 mod tests;
 mod values;
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 
 use crate::model::{BatchColumn, ColumnSet, Columns, Packed, RawEvent, Time};
@@ -94,8 +95,6 @@ pub(super) struct Row<'a> {
     pub(super) source: u32,
     /// The number of its type.
     pub(super) event_type: u32,
-    /// Its payload and metadata were removed for good; they are empty.
-    pub(super) forgotten: bool,
     /// The rest.
     pub(super) raw: RawEvent<'a>,
 }
@@ -165,7 +164,7 @@ fn raw(section: Section, rows: &[Row<'_>], kinds: &[u64]) -> (Vec<u8>, Vec<u8>) 
             numbers.extend_from_slice(&(runs.len() as u32).to_le_bytes());
             put_numbers(&mut numbers, &runs.iter().map(|run| run.len() as u64).collect::<Vec<_>>());
             put_times(&mut numbers, &runs.iter().map(|run| run[0].appended).collect::<Vec<_>>());
-            let forgotten: Vec<_> = (0..).zip(rows).filter(|(_, row)| row.forgotten).map(|(i, _)| i).collect();
+            let forgotten: Vec<_> = (0..).zip(rows).filter(|(_, row)| row.raw.forgotten).map(|(i, _)| i).collect();
             numbers.extend_from_slice(&(forgotten.len() as u32).to_le_bytes());
             put_numbers(&mut numbers, &forgotten);
         }
@@ -217,12 +216,24 @@ pub(super) struct Decoded {
     pub(super) types: Vec<u32>,
     /// When they were appended: the index after the last event of a run, and the time of all events in it.
     pub(super) appended: Vec<(u32, Time)>,
-    /// The indexes of the events that are forgotten, rising.
-    #[cfg_attr(
-        not(test),
-        expect(dead_code, reason = "blocks have room for it, so that forgetting needs no new format")
-    )]
-    pub(super) forgotten: Vec<u32>,
+}
+
+impl Decoded {
+    /// The events, with the numbers of their sources and types. Columns that were not unpacked are empty.
+    pub(super) fn rows(&self) -> impl Iterator<Item = Row<'_>> {
+        let mut run = 0;
+        (0..self.columns.len()).map(move |i| {
+            while self.appended[run].0 as usize <= i {
+                run += 1;
+            }
+            Row {
+                appended: self.appended[run].1,
+                source: self.sources[usize::from(self.columns.source(i))],
+                event_type: self.types[usize::from(self.columns.event_type(i))],
+                raw: self.columns.get(i),
+            }
+        })
+    }
 }
 
 /// Unpacks the columns in `set`; `section` reads a section where it is stored, and is asked for no others.
@@ -233,10 +244,14 @@ pub(super) fn decode<S: AsRef<[u8]>, E: From<Damage>>(
     set: ColumnSet,
     mut section: impl FnMut(Section) -> Result<S, E>,
 ) -> Result<Decoded, E> {
-    let mut decompressor = zstd::bulk::Decompressor::new().expect("there is memory enough");
+    thread_local! {
+        // One has tables of some 100 KB.
+        static DECOMPRESSOR: RefCell<zstd::bulk::Decompressor<'static>> =
+            RefCell::new(zstd::bulk::Decompressor::new().expect("there is memory enough"));
+    }
     let mut parts = |which: Section| -> Result<_, E> {
         let stored = section(which)?;
-        Ok(parts(header, which, stored.as_ref(), &mut decompressor)?)
+        Ok(DECOMPRESSOR.with_borrow_mut(|decompressor| parts(header, which, stored.as_ref(), decompressor))?)
     };
     let count = header.count();
     let mut decoded = fixed(header, &parts(Section::Fixed)?.0)?;
@@ -345,13 +360,9 @@ fn fixed(header: &Header, numbers: &[u8]) -> Result<Decoded, Damage> {
     let (types, type_of) = dictionary(header.kinds.iter().map(|kind| kind.event_type));
     let kinds = || indexes.iter().map(|i| *i as usize);
     let (source, event_type) = (kinds().map(|i| source_of[i]), kinds().map(|i| type_of[i]));
-    Ok(Decoded {
-        columns: Columns::dense(header.first, times.into_iter(), source, event_type),
-        sources,
-        types,
-        appended,
-        forgotten: forgotten.into_iter().map(|i| i as u32).collect(),
-    })
+    let mut columns = Columns::dense(header.first, times.into_iter(), source, event_type);
+    columns.set_forgotten(forgotten.into_iter().map(|i| i as u32).collect());
+    Ok(Decoded { columns, sources, types, appended })
 }
 
 /// The distinct numbers in the order in which they first come, and the index in there of each.

@@ -26,8 +26,17 @@ fn time(microseconds: i64) -> Time {
 fn row(position: u64, event: &Owned) -> Row<'_> {
     let Owned { appended, source, event_type, forgotten, version, .. } = *event;
     let (stream, id, metadata, payload) = (&*event.stream, &*event.id, &*event.metadata, &*event.payload);
-    let raw = RawEvent { position: Position(position), time: time(event.time), version, stream, id, metadata, payload };
-    Row { appended: time(appended), source, event_type, forgotten, raw }
+    let raw = RawEvent {
+        position: Position(position),
+        time: time(event.time),
+        version,
+        stream,
+        id,
+        metadata,
+        payload,
+        forgotten,
+    };
+    Row { appended: time(appended), source, event_type, raw }
 }
 
 fn rows(first: u64, events: &[Owned]) -> Vec<Row<'_>> {
@@ -78,7 +87,7 @@ fn check(block: &Block, rows: &[Row<'_>], set: ColumnSet) {
         assert_eq!(decoded.types[usize::from(columns.event_type(i))], row.event_type);
         let run = decoded.appended.partition_point(|(end, _)| *end as usize <= i);
         assert_eq!(decoded.appended[run].1, row.appended);
-        assert_eq!(decoded.forgotten.binary_search(&(i as u32)).is_ok(), row.forgotten);
+        assert_eq!(decoded.columns.is_forgotten(i), row.raw.forgotten);
         let kind = header.kinds().iter().position(|k| (k.source, k.event_type) == (row.source, row.event_type));
         counts[kind.unwrap()] += 1;
     }

@@ -86,9 +86,10 @@ const CODE: i64 = if cfg!(feature = "v2") {
 };
 
 #[cfg(feature = "columns")]
-#[projection(name = "ledger", version = 1, views(Account, Sight))]
+#[projection(name = "ledger", version = 1, views(Account, Sight), forgotten)]
 fn ledger(event: Event<Fact>, views: &mut Views) -> Result<()> {
-    views.put(Sight { what: event.id.into(), seen: event.stream.into() })
+    let seen = if event.forgotten { "forgotten" } else { event.stream };
+    views.put(Sight { what: event.id.into(), seen: seen.into() })
 }
 
 #[cfg(not(any(feature = "v2", feature = "columns")))]
