@@ -19,18 +19,23 @@ use support::{Home, Report, Samples, Stopwatch, Usage, module_file, table, thous
 struct Projection {
     name: &'static str,
     views: &'static [&'static str],
+    /// The most that our time may be of the native program's.
+    ratio: f64,
     /// Events a second that it must take, if it must.
     rate: Option<f64>,
 }
 
 const PROJECTIONS: [Projection; 3] = [
-    Projection { name: "event-counts", views: &["event_counts"], rate: Some(2_000_000.0) },
-    Projection { name: "carrier-performance", views: &["carrier_performance", "flight_carrier"], rate: None },
-    Projection { name: "flight-board", views: &["flight_board", "facts"], rate: None },
+    Projection { name: "event-counts", views: &["event_counts"], ratio: 0.7, rate: Some(2_000_000.0) },
+    Projection {
+        name: "carrier-performance",
+        views: &["carrier_performance", "flight_carrier"],
+        ratio: 0.75,
+        rate: None,
+    },
+    Projection { name: "flight-board", views: &["flight_board", "facts"], ratio: 1.0, rate: None },
 ];
 
-/// The most that our time may be of the native program's.
-const RATIO: f64 = 0.6;
 /// The most resident memory, MB.
 const PEAK_MB: f64 = 300.0;
 
@@ -155,8 +160,7 @@ impl Outcome {
 
 fn print_tables(outcomes: &[Outcome]) {
     let mut times = table(&["projection", "contestant", "s min", "s median", "events/s", "peak MB", "CPU s"]);
-    let mut targets =
-        table(&["projection", "contestant", "time at most 0.6 of native", "2 M events/s", "at most 300 MB"]);
+    let mut targets = table(&["projection", "contestant", "time, of native", "2 M events/s", "at most 300 MB"]);
     for outcome in outcomes {
         let name = outcome.projection.name;
         let seconds = |usages: &[&Usage]| Samples::new(usages.iter().map(|usage| usage.seconds));
@@ -178,11 +182,11 @@ fn print_tables(outcomes: &[Outcome]) {
                 continue;
             }
             let ratio = seconds.median() / native;
-            let goal = outcome.projection.rate;
+            let Projection { rate: goal, ratio: most, .. } = *outcome.projection;
             targets.add_row([
                 name.to_owned(),
                 contestant.to_owned(),
-                verdict(ratio <= RATIO, format!("{ratio:.2}")),
+                verdict(ratio <= most, format!("{ratio:.2} of {most}")),
                 goal.map_or(String::new(), |goal| verdict(rate >= goal, thousands(rate))),
                 verdict(peak <= PEAK_MB, format!("{peak:.0}")),
             ]);

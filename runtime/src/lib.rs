@@ -23,6 +23,9 @@
 //! 2. A view is a pure function of the log and its module. The log decides the order of events, so a position is one
 //!    number; a plugin sees no clock, no randomness, no files, no network and no batch boundaries. Guest memory is only a
 //!    cache; any instance may be dropped between two batches.
+//!    What rows lack of the log as it was appended (content that was forgotten or is not kept, damage that was passed over)
+//!    is kept with them ([`view::Origin`]), and nothing that was read before something was forgotten is committed after the
+//!    file was next opened.
 //! 3. Nothing is skipped in silence. On any failure the default is to stop that projection at that event, loudly, and
 //!    to leave the others alone.
 //! 4. Every queue, batch, retry, deadline, memory and answer has a limit in [`config`].

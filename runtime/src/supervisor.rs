@@ -18,8 +18,8 @@ use crate::log::{self, Behind, EventLog, Forgetting, Head};
 use crate::model::{FailureReport, Position, Time};
 use crate::plugin::{self, Engine, Folder, Found, Module};
 use crate::projection::lifecycle::{Building, Live};
-use crate::projection::{Activity, Manager, Shared, Snapshot, SnapshotGeneration, Stalls};
-use crate::view::{self, Catalogue, GenerationRecord, LetterCounts, Origin, ProjectionRecord, Role, Scratch, Selector};
+use crate::projection::{self, Activity, Manager, Shared, Snapshot, SnapshotGeneration, Stalls};
+use crate::view::{self, Catalogue, GenerationRecord, LetterCounts, Origin, Scratch, Selector};
 
 pub use crate::projection::{LiveView, Outcome, Refusal, Replay, Treatment, made_from, replay};
 
@@ -191,24 +191,27 @@ pub struct Holding {
     pub module: bool,
 }
 
-/// The projections whose live rows may have what was forgotten; `has_module` says whose module is there. Blocks.
-pub fn holding(log: &EventLog, records: &[ProjectionRecord], has_module: impl Fn(&str) -> bool) -> Vec<Holding> {
-    let mut holding = Vec::new();
-    for live in records.iter().filter_map(|record| record.role(Role::Live)) {
-        if !live.file.exists() {
-            continue;
-        }
-        // Of rows that cannot be read nobody can tell what is in them.
-        if made_from(log, live).map_or(true, |origin| origin.forgotten.is_some()) {
-            holding.push(Holding {
-                projection: live.projection.clone(),
-                generation: live.number,
-                views: live.manifest.views.iter().map(|view| view.name.clone()).collect(),
-                module: has_module(&live.projection),
-            });
-        }
+/// Whether the live rows of a projection may have what was forgotten; then `made_from` hears what they are made from. Blocks.
+pub fn holding(
+    log: &EventLog,
+    live: &GenerationRecord,
+    has_module: bool,
+    made_from: impl FnOnce(Origin),
+) -> Option<Holding> {
+    if !live.file.exists() {
+        return None;
     }
-    holding
+    // Of rows that cannot be read nobody can tell what is in them.
+    if let Ok(origin) = projection::made_from(log, live) {
+        origin.forgotten?;
+        made_from(origin);
+    }
+    Some(Holding {
+        projection: live.projection.clone(),
+        generation: live.number,
+        views: live.manifest.views.iter().map(|view| view.name.clone()).collect(),
+        module: has_module,
+    })
 }
 
 /// What a projection does about an event that its module cannot apply.
@@ -374,12 +377,18 @@ impl Runtime {
     /// there.
     pub async fn forget(&self, request: log::Request) -> Result<Forgotten, Error> {
         let shared = self.inner.shared.clone();
-        let records = shared.catalogue.projections().await?;
-        let files = shared.snapshots.read().expect("no panics while it is held").clone();
         let done = tokio::task::spawn_blocking(move || {
             let forgetting = shared.log.forget(&request)?;
-            let has_module = |name: &str| files.get(name).is_some_and(|snapshot| snapshot.file.is_some());
-            Ok(Forgotten { forgetting, projections: holding(&shared.log, &records, has_module) })
+            let snapshots = shared.snapshots.read().expect("no panics while it is held").clone();
+            let live =
+                snapshots.values().filter_map(|snapshot| Some((snapshot.live.as_ref()?, snapshot.file.is_some())));
+            let mut projections = Vec::new();
+            for (live, has_module) in live {
+                let made_from = |origin| live.reached.made_from(origin);
+                // So that the status says it before anybody has had time to act.
+                projections.extend(holding(&shared.log, &live.record, has_module, made_from));
+            }
+            Ok(Forgotten { forgetting, projections })
         });
         done.await.map_err(|ended| Error::Refused(format!("it did not end: {ended}")))?
     }
@@ -759,13 +768,7 @@ fn watch_retention(inner: &Arc<Inner>) {
                 _ = looks.tick() => {}
                 _ = stopping.wait_for(|stopping| *stopping) => return,
             }
-            let now = Time::now().microseconds();
-            let before = |keep: Duration| {
-                let keep = i64::try_from(keep.as_micros()).unwrap_or(i64::MAX);
-                Time::from_microseconds(now.saturating_sub(keep))
-            };
-            let rules: Vec<_> =
-                sources.iter().map(|(glob, source)| (glob.clone(), source.keep.and_then(before))).collect();
+            let rules: Vec<_> = sources.iter().map(|(glob, source)| (glob.clone(), source.keep)).collect();
             let log = log.clone();
             let done = tokio::task::spawn_blocking(move || log.retain(&rules)).await;
             match done {

@@ -6,8 +6,8 @@ use serde_json::{Value, json};
 use shadowbox::config::Config;
 use shadowbox::log::{EventLog, Request};
 use shadowbox::supervisor::{Forgotten, holding};
-use shadowbox::view::Catalogue;
 
+use super::views::live;
 use super::{Common, ask, one_line, running, send};
 
 #[derive(Args)]
@@ -86,11 +86,9 @@ impl Forget {
 async fn at_rest(config: &Config, request: &Request) -> Result<Forgotten> {
     let log = EventLog::open(&config.data)?;
     let forgetting = log.forget(request)?;
-    let records = match Catalogue::open_read_only(&config.data).await? {
-        Some(catalogue) => catalogue.projections().await?,
-        None => Vec::new(),
-    };
-    Ok(Forgotten { forgetting, projections: holding(&log, &records, |_| false) })
+    let live = live(config).await?;
+    let projections = live.iter().filter_map(|live| holding(&log, live, false, drop)).collect();
+    Ok(Forgotten { forgetting, projections })
 }
 
 #[derive(Args)]

@@ -106,7 +106,8 @@ impl Directory {
     /// more at any moment, which a transaction that began before does not see.
     pub(super) fn refresh(&self, log: &Connection, failures: &Failures) -> Result<u64, Error> {
         let mut entries = self.entries.write().expect("no panics while it is held");
-        let mut read = || -> rusqlite::Result<Result<(), (u64, Option<u64>, String)>> {
+        // What cannot be read: the first position of it, the last one if that is known, and why.
+        let mut read = || -> rusqlite::Result<Option<(u64, Option<u64>, String)>> {
             let mut end = entries.last().map_or(0, Entry::end);
             let mut statement =
                 log.prepare_cached("SELECT first, header FROM blocks WHERE first >= ? ORDER BY first")?;
@@ -116,7 +117,7 @@ impl Directory {
                 let header = match decode(row.get_ref(1)?.as_blob()?, first) {
                     Ok(header) if first == end => header,
                     Ok(_) => {
-                        return Ok(Err((end, Some(first - 1), format!("the next block begins at position {first}"))));
+                        return Ok(Some((end, Some(first - 1), format!("the next block begins at position {first}"))));
                     }
                     Err(what) => match after(log, first)? {
                         Some(after) if self.skips && first == end => {
@@ -130,7 +131,7 @@ impl Directory {
                             end = after;
                             continue;
                         }
-                        after => return Ok(Err((first, after.map(|after| after - 1), what))),
+                        after => return Ok(Some((first, after.map(|after| after - 1), what))),
                     },
                 };
                 let (count, kinds) = (header.count() as u64, header.kinds());
@@ -143,11 +144,11 @@ impl Directory {
                 });
                 end = first + count;
             }
-            Ok(Ok(()))
+            Ok(None)
         };
         match read() {
-            Ok(Ok(())) => Ok(entries.last().map_or(0, Entry::end)),
-            Ok(Err((first, last, what))) => Err(failures.damaged(first, last, what)),
+            Ok(None) => Ok(entries.last().map_or(0, Entry::end)),
+            Ok(Some((first, last, what))) => Err(failures.damaged(first, last, what)),
             Err(error) => Err(failures.sqlite(error)),
         }
     }

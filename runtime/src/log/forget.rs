@@ -326,9 +326,9 @@ impl EventLog {
     }
 
     /// Forgets what is older than its source keeps it, by the time when it was appended: whole blocks, and rows. A rule is a
-    /// glob of sources with the time before which content goes, or None for never. Of the rules that match a source its
+    /// glob of sources and how long they keep content, or None for ever. Of the rules that match a source its
     /// own name goes before globs, and a longer glob before a shorter one.
-    pub fn retain(&self, rules: &[(String, Option<Time>)]) -> Result<Option<Forgetting>, Error> {
+    pub fn retain(&self, rules: &[(String, Option<Duration>)]) -> Result<Option<Forgetting>, Error> {
         let _lock = self.forgetting_lock()?;
         self.resume()?;
         let selection = self.expired(rules)?;
@@ -338,7 +338,7 @@ impl EventLog {
         let done = match found.left {
             0 => None,
             _ => {
-                let used = rules.iter().filter(|(_, before)| before.is_some());
+                let used = rules.iter().filter(|(_, keep)| keep.is_some());
                 let globs = used.map(|(glob, _)| glob.as_str()).collect::<Vec<_>>().join(", ");
                 let number = self.begin(&selection, &found, RETENTION, None, &globs)?;
                 Some(self.carry_out(number, &selection, found)?)
@@ -419,13 +419,16 @@ impl EventLog {
     }
 
     /// The events that sources keep no longer.
-    fn expired(&self, rules: &[(String, Option<Time>)]) -> Result<Selection, Error> {
+    fn expired(&self, rules: &[(String, Option<Duration>)]) -> Result<Selection, Error> {
+        let now = Time::now().microseconds();
         let mut globs = Vec::new();
-        for (glob, before) in rules {
+        for (glob, keep) in rules {
+            let keep = keep.map(|keep| i64::try_from(keep.as_micros()).unwrap_or(i64::MAX));
+            let before = keep.and_then(|keep| Time::from_microseconds(now.saturating_sub(keep)));
             let pattern = |error: globset::Error| Error::Pattern { pattern: glob.clone(), reason: error.to_string() };
             // A set even for one glob: the other matcher panics where a glob is too large to compile.
             let one = GlobBuilder::new(glob).backslash_escape(true).build().map_err(pattern)?;
-            globs.push((glob, GlobSetBuilder::new().add(one).build().map_err(pattern)?, *before));
+            globs.push((glob, GlobSetBuilder::new().add(one).build().map_err(pattern)?, before));
         }
         let mut sources = HashMap::new();
         for (number, name) in (0..).zip(self.inner.shared.names.from(Name::Source, 0)) {

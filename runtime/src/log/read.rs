@@ -239,15 +239,14 @@ impl Reader {
             return Ok(None);
         }
         let epoch = super::forget::epoch(log)?;
-        self.chunk(log, events, sources.numbers, types.numbers, appended, is_full, epoch).map(Some)
+        self.chunk(log, events, [sources.numbers, types.numbers], appended, is_full, epoch).map(Some)
     }
 
     fn chunk(
         &self,
         log: &Connection,
         events: Columns,
-        sources: Vec<u32>,
-        types: Vec<u32>,
+        [sources, types]: [Vec<u32>; 2],
         appended: Vec<(u32, Time)>,
         is_full: bool,
         epoch: u64,
@@ -265,7 +264,7 @@ impl Reader {
         let read = self.snapshot(|reader| Ok((reader.decode_here(first, set)?, reader.epoch()?)));
         let (decoded, epoch) = read.map_err(|error| self.to_the_end(error))?;
         let Decoded { columns, sources, types, appended } = decoded;
-        let chunk = self.chunk(&self.connection, columns, sources, types, appended, true, epoch);
+        let chunk = self.chunk(&self.connection, columns, [sources, types], appended, true, epoch);
         chunk.map_err(|error| match error {
             rusqlite::Error::QueryReturnedNoRows => self.to_the_end(self.shared.failures.damaged(
                 first,

@@ -1,7 +1,7 @@
 //! Projections: where plugins, views and the log meet.
 //!
-//! [`Manager`] runs one projection. It keeps a [`lifecycle`] (a pure state machine that says what to do), and a worker
-//! (`worker.rs`) for each generation that is being followed: the loop read, apply, commit. What it holds meanwhile is a
+//! [`Manager`] is the handle on one projection. What runs behind it (`running.rs`) keeps a [`lifecycle`] (a pure state
+//! machine that says what to do), and a worker (`worker.rs`) for each generation that is being followed: the loop read, apply, commit. What it holds meanwhile is a
 //! session (`session.rs`, and `failure.rs` for events that cannot be applied); a cursor (`cursor.rs`) takes the events that
 //! are wanted. [`Reached`] says to readers how far a generation is, and [`Stalls`] notices who has lag and does not move.
 
@@ -11,6 +11,7 @@ pub mod lifecycle;
 mod manager;
 mod reached;
 mod replay;
+mod running;
 mod session;
 mod shadow;
 mod stalls;

@@ -43,7 +43,7 @@ impl Reached {
     }
 
     /// What the rows are made from is known anew.
-    pub(super) fn made_from(&self, origin: Origin) {
+    pub fn made_from(&self, origin: Origin) {
         self.state().origin = origin;
     }
 
