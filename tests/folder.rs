@@ -169,3 +169,28 @@ fn an_empty_folder_is_no_error_and_a_missing_one_is_made() {
     assert!(world.ok(&["status"]).contains("no projections"));
     wait_for("a hint", || world.log().contains("drop one into the folder").then_some(()));
 }
+
+#[test]
+fn a_restart_keeps_the_module_that_ran_whatever_its_file_is_called() {
+    let mut world = World::running(&[]);
+    world.drop_module("ledger", &module("ledger+v2"));
+    let position = world.append(&[moved("left", 0, "a", 1)]);
+    assert_eq!(world.wait_live("ledger")["version"], 2);
+    // An older version, under a name that comes first.
+    world.drop_module("a_backup", &module("ledger"));
+    assert!(refusal(&world, "a_backup.wasm").contains("is already run by \"ledger.wasm\""));
+    world.stop();
+    world.start();
+    let status = world.wait_live("ledger");
+    assert_eq!(
+        (&status["version"], &status["generation"], &status["file"]),
+        (&2.into(), &1.into(), &"ledger.wasm".into())
+    );
+    assert!(refusal(&world, "a_backup.wasm").contains("is already run by \"ledger.wasm\""));
+    assert_eq!(world.rows_at("ledger", &position)[0]["doubled"], 2);
+    // Of two that have never run, the higher version does.
+    world.stop();
+    std::fs::remove_dir_all(world.data()).unwrap();
+    world.start();
+    assert_eq!(world.wait_live("ledger")["version"], 2);
+}

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde_json::Value;
 
-use crate::support::{World, event, module, moved, wait_for};
+use crate::support::{World, event, module, moved, patched, wait_for};
 
 /// Version 1 has applied the first events and is kept, version 2 is live.
 fn second_version(world: &World, events: i64) -> String {
@@ -255,4 +255,40 @@ fn what_cannot_be_rolled_back_to_is_said() {
     assert!(
         world.post("/projections/ledger/rollback", "application/json", "").body.contains("no module in the plugin")
     );
+}
+
+#[test]
+fn nobody_goes_back_to_a_view_that_belongs_to_another_projection_now() {
+    let world = World::running(&["ledger"]);
+    let position = world.append(&[moved("left", 0, "a", 1), event("left", "Looks", "looks", 1, Value::Null)]);
+    world.rows_at("ledger", &position);
+    // Version 2 has another name for one of its views, and somebody else takes the one that is free.
+    world.drop_module("ledger", &patched(&module("ledger+v2"), "sights", "sihgts"));
+    wait_version(&world, 2);
+    world.drop_module("other", &patched(&module("ledger"), "ledger", "legder"));
+    world.wait_live("legder");
+    let sights = world.rows_at("sights", &position);
+    let refused = world.run(&["rollback", "ledger"]);
+    let said = String::from_utf8(refused.stderr).unwrap();
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(said.contains("view \"sights\" belongs to projection \"legder\" now"), "{said}");
+    let owner = |name: &str| {
+        let views = world.get("/views").json();
+        let view = views.as_array().unwrap().iter().find(|view| view["name"] == name).cloned();
+        view.unwrap_or_else(|| panic!("{name} is not there: {views}"))["projection"].clone()
+    };
+    assert_eq!(
+        (owner("sights"), owner("sihgts"), owner("ledger")),
+        ("legder".into(), "ledger".into(), "ledger".into())
+    );
+    assert_eq!(world.rows_at("sights", &position), sights);
+    assert_eq!(world.wait_live("ledger")["version"], 2);
+    // What is refused for a name, may have it once nobody else has, without anybody touching its file.
+    world.drop_module("third", &patched(&patched(&module("ledger"), "ledger", "lecher"), "sights", "sihgts"));
+    wait_for("the refusal", || {
+        world.get("/status").body.contains("belongs to projection \\\"ledger\\\"").then_some(())
+    });
+    world.drop_module("ledger", &patched(&module("ledger"), "sights", "visits"));
+    world.wait_live("lecher");
+    assert_eq!(owner("sihgts"), "lecher");
 }

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, RwLock};
 
 use serde::{Deserialize, Serialize};
-use tokio::sync::oneshot;
+use tokio::sync::{Notify, oneshot};
 
 use crate::config::{Config, Policy};
 use crate::fault;
@@ -26,7 +26,7 @@ use crate::projection::{self, Manager, Shared, Stalls};
 use crate::view::{self, Catalogue, GenerationRecord, Origin, Scratch, Selector};
 
 pub use lock::running;
-pub use plan::would_refuse;
+pub use plan::{Known, would_refuse};
 pub use status::{GenerationStatus, LogStatus, MadeFrom, ProjectionState, ProjectionStatus, Refused, Status};
 
 pub use crate::projection::{LiveView, Outcome, Refusal, Replay, Treatment, made_from, replay};
@@ -162,6 +162,8 @@ impl Runtime {
             modules,
             config,
             views: RwLock::default(),
+            claims: Mutex::default(),
+            released: Notify::new(),
             policies: RwLock::new(policies),
             snapshots: RwLock::default(),
         });

@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::{Arc, RwLock};
+use std::sync::{Arc, Mutex, RwLock};
 
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use super::failure::{Outcome, Request, Treatment};
 use super::lifecycle::{Building, Live, ModuleId, State};
@@ -30,6 +30,10 @@ pub struct Shared {
     pub modules: PathBuf,
     /// Everything that can be set.
     pub config: Config,
+    /// Which projection has a view, live or being built, by the view's name. Whoever is not in here shows no rows.
+    pub claims: Mutex<BTreeMap<String, String>>,
+    /// Told when a view belongs to nobody any more.
+    pub released: Notify,
     /// The live views, by name.
     pub views: RwLock<Arc<BTreeMap<String, LiveView>>>,
     /// The policies that were set while Shadowbox ran, by projection.

@@ -96,6 +96,16 @@ pub enum Error {
         /// What the log here has instead.
         found: String,
     },
+    /// A view belongs to another projection.
+    #[error(
+        "view {view:?} belongs to projection {owner:?} now; rename it there, or take that module away and its view"
+    )]
+    Taken {
+        /// Its name.
+        view: String,
+        /// Whose it is.
+        owner: String,
+    },
     /// Something was forgotten since the session began: what was read before is to be read again.
     #[error("events were forgotten meanwhile; what was read of the log is read again")]
     Epoch,

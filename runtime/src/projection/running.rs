@@ -14,6 +14,7 @@ use super::reached::Reached;
 use super::worker::{Before, Command, Fault, Job, Notice, Progress, Worker};
 use crate::config::{Policy, limits};
 use crate::fault;
+use crate::manifest::{Manifest, ViewSchema};
 use crate::model::FailureReport;
 use crate::plugin::{self, Module};
 use crate::view::{self, DeadLetters, GenerationRecord, Origin, ProjectionRecord, Role};
@@ -272,6 +273,7 @@ impl Running {
         };
         let to = module_id(&former.module, &former.manifest);
         let cannot = |error: Error| format!("cannot go back to generation {} of {name:?}: {error}", former.number);
+        self.claim(&former.manifest).map_err(cannot)?;
         let (log, file) = (self.shared.log.clone(), former.file.clone());
         let check = tokio::task::spawn_blocking(move || super::session::check_file(&log, &file)).await;
         check.map_err(|e| Error::Host(e.to_string())).flatten().map_err(cannot)?;
@@ -611,6 +613,7 @@ impl Running {
         match action {
             Action::CreateLive(id) => {
                 let module = self.module(&id).await?;
+                self.claim(&module.manifest)?;
                 self.live = Some(self.create(Role::Live, &id.hash, &module).await?);
             }
             Action::StartLive(id) => {
@@ -639,6 +642,7 @@ impl Running {
             }
             Action::CreateBuilding(id) => {
                 let module = self.module(&id).await?;
+                self.claim(&module.manifest)?;
                 let building = self.create(Role::Building, &id.hash, &module).await?;
                 tracing::info!(projection = self.name, generation = building.record.number, "rebuilding in the shadow");
                 self.building = Some(building);
@@ -647,6 +651,7 @@ impl Running {
                 if self.building.is_none() {
                     // It could not be entered before.
                     let module = self.module(&id).await?;
+                    self.claim(&module.manifest)?;
                     self.building = Some(self.create(Role::Building, &id.hash, &module).await?);
                 }
                 self.follow(Role::Building, &id).await?;
@@ -654,6 +659,7 @@ impl Running {
             Action::Revive => {
                 if self.building.is_none() {
                     let mut record = self.former.last().expect("asked for only if there is one").clone();
+                    self.claim(&record.manifest)?;
                     self.shared.catalogue.set_role(&record, Role::Building).await?;
                     self.former.pop();
                     record.role = Role::Building;
@@ -824,6 +830,32 @@ impl Running {
         tokio::join!(stop(live), stop(building));
     }
 
+    /// Takes the views of a generation that is to be built, before anybody sees them.
+    fn claim(&self, manifest: &Manifest) -> Result<(), Error> {
+        let mut claims = self.shared.claims.lock().expect("no panics while it is held");
+        let other = |view: &ViewSchema| claims.get(&view.name).filter(|owner| **owner != self.name).cloned();
+        if let Some((view, owner)) = manifest.views.iter().find_map(|view| Some((view.name.clone(), other(view)?))) {
+            return Err(Error::Taken { view, owner });
+        }
+        claims.extend(manifest.views.iter().map(|view| (view.name.clone(), self.name.clone())));
+        Ok(())
+    }
+
+    /// Keeps the views of the live generation and of the one that is being built, as far as they are free, and no others.
+    fn keep_claims(&self) {
+        let mut claims = self.shared.claims.lock().expect("no panics while it is held");
+        let before = claims.len();
+        let slots = [&self.live, &self.building].into_iter().flatten();
+        let mine: Vec<_> = slots.flat_map(|slot| &slot.record.manifest.views).map(|view| &view.name).collect();
+        claims.retain(|view, owner| *owner != self.name || mine.contains(&view));
+        if claims.len() < before {
+            self.shared.released.notify_one();
+        }
+        for view in mine {
+            claims.entry(view.clone()).or_insert_with(|| self.name.clone());
+        }
+    }
+
     /// Shows the present state to readers and in the status.
     fn publish(&mut self) {
         let snapshot = Snapshot {
@@ -835,6 +867,7 @@ impl Running {
         };
         let poisoned = "no panics while it is held";
         self.shared.snapshots.write().expect(poisoned).insert(self.name.clone(), snapshot);
+        self.keep_claims();
         let Some(live) = &self.live else { return };
         let mut views = self.shared.views.write().expect(poisoned);
         let number = live.record.number;
@@ -844,7 +877,9 @@ impl Running {
         }
         let views = Arc::make_mut(&mut views);
         views.retain(|_, view| !mine(view));
-        for schema in &live.record.manifest.views {
+        let claims = self.shared.claims.lock().expect(poisoned);
+        let claimed = |view: &&ViewSchema| claims.get(&view.name) == Some(&self.name);
+        for schema in live.record.manifest.views.iter().filter(claimed) {
             views.insert(
                 schema.name.clone(),
                 LiveView {

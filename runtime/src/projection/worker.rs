@@ -557,7 +557,7 @@ fn is_transient(error: &Error) -> bool {
         Error::Log(error) => error.is_transient(),
         Error::View(error) => error.is_transient(),
         Error::Host(_) | Error::Epoch => true,
-        Error::FirstBatch { .. } | Error::Missing { .. } => false,
+        Error::FirstBatch { .. } | Error::Missing { .. } | Error::Taken { .. } => false,
         Error::Plugin(_) | Error::Event(_) | Error::Full { .. } | Error::LogReplaced { .. } => false,
     }
 }

@@ -17,7 +17,7 @@ use crate::model::Position;
 use crate::plugin::{self, Engine, Module};
 use crate::projection::lifecycle::{self, Input, ModuleId, State};
 use crate::projection::{self, Fold, Shadow, at_rest, check_file, module_id};
-use crate::supervisor::would_refuse;
+use crate::supervisor::{Known, would_refuse};
 use crate::view::compare::{Comparison, Side, Snapshot, compare};
 use crate::view::{self, GenerationRecord, ProjectionRecord, Role, Scratch};
 
@@ -183,7 +183,10 @@ fn decide(config: &Config, path: &Path, records: &[ProjectionRecord]) -> Result<
         let live = records.iter().filter_map(|p| p.role(Role::Live));
         live.into_iter().find(|g| g.manifest.views.iter().any(|v| v.name == view)).map(|g| g.projection.clone())
     };
-    let (place, refused) = would_refuse(&module, &file, &plugin::look(&config.plugins, &engine), &owner);
+    let live = |name: &str| records.iter().find(|p| p.name == name).and_then(|p| p.role(Role::Live));
+    let ran = |name: &str| Some(live(name)?.module.clone());
+    let (place, refused) =
+        would_refuse(&module, &file, &plugin::look(&config.plugins, &engine), Known { owner: &owner, ran: &ran });
     if place != file {
         planned.reasons.push(format!(
             "it takes the place of {place:?} in the plugin folder; as {file:?} beside it, it would be refused"

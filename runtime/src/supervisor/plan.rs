@@ -1,5 +1,6 @@
 //! What should run, by the plugin folder, against what runs.
 
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
@@ -20,10 +21,19 @@ pub(super) struct Plan {
     pub(super) refused: Vec<Refused>,
 }
 
+/// What there is beside the folder.
+#[derive(Clone, Copy)]
+pub struct Known<'a> {
+    /// Which projection a view belongs to.
+    pub owner: &'a dyn Fn(&str) -> Option<String>,
+    /// The hash of the module that a projection has run last.
+    pub ran: &'a dyn Fn(&str) -> Option<String>,
+}
+
 impl Plan {
-    /// `owner` says which projection a live view belongs to. Where two files claim the same thing, the one that runs
-    /// already keeps it, else the first by name.
-    pub(super) fn make(now: &Wanted, found: &[Found], owner: &dyn Fn(&str) -> Option<String>) -> Plan {
+    /// Where two files claim the same thing, the one that runs already keeps it; else the one with the module that has run
+    /// last, so that a restart changes nothing; else the higher version, else the first by name.
+    pub(super) fn make(now: &Wanted, found: &[Found], known: Known<'_>) -> Plan {
         let mut refused = Vec::new();
         let mut modules: Vec<(&str, &Module)> = Vec::new();
         for Found { file, module } in found {
@@ -33,11 +43,14 @@ impl Plan {
             }
         }
         let runs = |file: &str, module: &Module| now.get(&module.manifest.projection).is_some_and(|(f, _)| f == file);
-        modules.sort_by_key(|(file, module)| (!runs(file, module), file.to_string()));
+        let ran = |module: &Module| (known.ran)(&module.manifest.projection).is_some_and(|hash| hash == module.hash);
+        modules.sort_by_cached_key(|(file, module)| {
+            (!runs(file, module), !ran(module), Reverse(module.manifest.version), file.to_string())
+        });
         let mut wanted = Wanted::new();
         let mut views: BTreeMap<&str, &str> = BTreeMap::new();
         for (file, module) in modules {
-            match clash(module, &wanted, &views, owner) {
+            match clash(module, &wanted, &views, known) {
                 Some(reason) => {
                     refused.push(Refused { file: file.to_owned(), reason });
                     let name = &module.manifest.projection;
@@ -83,26 +96,16 @@ impl fmt::Display for Plan {
 /// What dropping `module` into the folder would come to, by the rules that the runtime goes by: the file that it would
 /// be, and why it would be refused. It takes the place of the file that runs its projection, if there is one, else it is
 /// `file`. `folder` is what is there now.
-pub fn would_refuse(
-    module: &Module,
-    file: &str,
-    folder: &[Found],
-    owner: &dyn Fn(&str) -> Option<String>,
-) -> (String, Option<String>) {
-    let now = Plan::make(&Wanted::new(), folder, owner).wanted;
+pub fn would_refuse(module: &Module, file: &str, folder: &[Found], known: Known<'_>) -> (String, Option<String>) {
+    let now = Plan::make(&Wanted::new(), folder, known).wanted;
     let file = now.get(&module.manifest.projection).map_or(file, |(file, _)| file).to_owned();
     let mut then: Vec<Found> = folder.iter().filter(|found| found.file != file).cloned().collect();
     then.push(Found { file: file.clone(), module: Ok(module.clone()) });
-    let refused = Plan::make(&now, &then, owner).refused.into_iter().find(|refused| refused.file == file);
+    let refused = Plan::make(&now, &then, known).refused.into_iter().find(|refused| refused.file == file);
     (file, refused.map(|refused| refused.reason))
 }
 
-fn clash(
-    module: &Module,
-    wanted: &Wanted,
-    views: &BTreeMap<&str, &str>,
-    owner: &dyn Fn(&str) -> Option<String>,
-) -> Option<String> {
+fn clash(module: &Module, wanted: &Wanted, views: &BTreeMap<&str, &str>, known: Known<'_>) -> Option<String> {
     let name = &module.manifest.projection;
     if let Some((file, _)) = wanted.get(name) {
         return Some(format!(
@@ -110,7 +113,7 @@ fn clash(
         ));
     }
     module.manifest.views.iter().find_map(|view| {
-        let other = views.get(view.name.as_str()).map(|p| p.to_string()).or_else(|| owner(&view.name));
+        let other = views.get(view.name.as_str()).map(|p| p.to_string()).or_else(|| (known.owner)(&view.name));
         other.filter(|other| other != name).map(|other| {
             format!(
                 "view {:?} belongs to projection {other:?} already; rename the view, and build the module again",

@@ -7,7 +7,7 @@ use std::time::Instant;
 use tokio::sync::{mpsc, oneshot};
 
 use super::Inner;
-use super::plan::Plan;
+use super::plan::{Known, Plan};
 use super::status::{generations, waits_for};
 use crate::config::limits;
 use crate::log::Forgetting;
@@ -25,14 +25,22 @@ pub(super) fn folder(inner: Arc<Inner>, folder: Folder, looked: oneshot::Sender<
     tokio::spawn(async move {
         let mut looked = Some(looked);
         let mut wanted = BTreeMap::new();
+        let mut last = Vec::new();
         loop {
             let found = tokio::select! {
                 found = found.recv() => found,
+                // What was refused for the name of a view may have it now.
+                () = inner.shared.released.notified() => Some(last),
                 _ = stopping.wait_for(|stopping| *stopping) => None,
             };
             let Some(found) = found else { return };
-            let owners = inner.shared.views.read().expect("no panics while it is held").clone();
-            let plan = Plan::make(&wanted, &found, &|view| owners.get(view).map(|v| v.projection.clone()));
+            let plan = {
+                let claims = inner.shared.claims.lock().expect("no panics while it is held").clone();
+                let snapshots = inner.shared.snapshots.read().expect("no panics while it is held").clone();
+                let ran = |name: &str| Some(snapshots.get(name)?.live.as_ref()?.record.module.clone());
+                Plan::make(&wanted, &found, Known { owner: &|view| claims.get(view).cloned(), ran: &ran })
+            };
+            last = found;
             tracing::debug!(%plan, "the plugin folder has changed");
             inner.carry_out(&plan);
             wanted = plan.wanted;
