@@ -360,3 +360,30 @@ fn times_of_events_may_be_anything() {
     world.start();
     assert_eq!(world.rows_at("ledger", "19")[0]["events"], 20);
 }
+
+#[test]
+fn a_reader_that_holds_a_snapshot_holds_up_no_swap_and_no_stop() {
+    let mut world = world();
+    let held: Vec<_> = [view_file(&world), world.data().join("log.sqlite")]
+        .map(|file| {
+            let reader =
+                rusqlite::Connection::open_with_flags(file, rusqlite::OpenFlags::SQLITE_OPEN_READ_ONLY).unwrap();
+            reader.execute_batch("BEGIN; SELECT count(*) FROM sqlite_schema;").unwrap();
+            reader
+        })
+        .into();
+    let begin = std::time::Instant::now();
+    for (n, name) in (500..).zip(["ledger+tweaked", "ledger", "ledger+tweaked"]) {
+        let before = world.projection("ledger")["module_hash"].clone();
+        world.drop_module("ledger", &module(name));
+        world.wait_until("ledger", "the swap", |p| p["module_hash"] != before);
+        world.append(&lines(n, n + 1));
+        check_rows(&world, n + 1);
+    }
+    world.stop();
+    // Each of the four would wait as long as for a lock.
+    assert!(begin.elapsed() < 3 * shadowbox::config::limits::DATABASE_BUSY, "{:?}", begin.elapsed());
+    drop(held);
+    world.start();
+    check_rows(&world, 503);
+}

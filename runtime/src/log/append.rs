@@ -7,6 +7,7 @@ use std::collections::{HashMap, VecDeque};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::Thread;
+use std::time::Duration;
 
 use rusqlite::{Connection, OptionalExtension, Transaction, TransactionBehavior, params};
 
@@ -221,9 +222,11 @@ impl Writer {
     }
 
     /// Moves everything that is in the write-ahead log into the file itself. Readers may be in the way; then some of it
-    /// stays where it is, which is no loss.
+    /// stays where it is, which is no loss, and nobody waits for them.
     pub(super) fn tidy(&self) {
+        let _ = self.connection.busy_timeout(Duration::ZERO);
         let _ = self.connection.execute_batch("PRAGMA wal_checkpoint(TRUNCATE)");
+        let _ = self.connection.busy_timeout(limits::DATABASE_BUSY);
     }
 
     /// Runs a transaction when it is this writer's turn. `steps` are the fault points before, in, and after it.

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use rusqlite::{Connection, OpenFlags, OptionalExtension, Transaction, TransactionBehavior, params};
 
@@ -305,7 +306,9 @@ impl Committer {
                     break;
                 }
             }
-            // So that the file alone is the whole view, for whoever copies it. Readers may be in the way.
+            // So that the file alone is the whole view, for whoever copies it. Readers may be in the way; a swap, a promotion
+            // or a stop waits for this, and not for them.
+            let _ = generation.connection.busy_timeout(Duration::ZERO);
             let _ = generation.connection.execute_batch("PRAGMA wal_checkpoint(TRUNCATE)");
             fault::point("commit.tidied", generation.connection.path().unwrap_or_default());
         };
