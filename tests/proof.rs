@@ -170,20 +170,50 @@ fn a_plugin_that_keeps_state_of_its_own_is_caught() {
 }
 
 #[test]
-fn rows_from_before_a_hot_swap_are_told_from_those_after_it() {
-    let world = World::running(&["ledger"]);
-    world.append(&[moved("left", 0, "old", 1)]);
-    world.rows_at("ledger", "0");
-    world.drop_module("ledger", &module("ledger+tweaked"));
-    let tweaked = shadowbox::plugin::hash(&module("ledger+tweaked"));
-    world.wait_until("ledger", "the swap", |p| p["module_hash"] == *tweaked);
-    world.append(&[moved("left", 1, "new", 1)]);
+fn rows_of_modules_that_were_swapped_are_replayed_by_each_of_them() {
+    let mut world = World::running(&["ledger"]);
+    let swap = |world: &World, name: &str| {
+        let hash = shadowbox::plugin::hash(&module(name));
+        world.drop_module("ledger", &module(name));
+        world.wait_until("ledger", "the swap", |p| p["module_hash"] == *hash);
+        hash
+    };
+    world.append(&[moved("left", 0, "old", 1), moved("left", 1, "both", 1)]);
     world.rows_at("ledger", "1");
+    let first = shadowbox::plugin::hash(&module("ledger"));
+    let second = swap(&world, "ledger+tweaked");
+    // It has made nothing yet.
     let (code, answer) = proof(&world, &["verify", "ledger"]);
-    assert_eq!((code, answer["module"].as_str()), (1, Some(tweaked.as_str())), "{answer:#}");
-    let rows = view(&answer, "ledger")["rows"].clone();
-    assert_eq!((rows.as_array().unwrap().len(), &rows[0]["key"][0][1]), (1, &"old".into()));
-    assert_eq!((&rows[0]["columns"][0]["live"], &rows[0]["columns"][0]["shadow"]), (&1.into(), &2.into()));
+    assert_eq!((code, &answer["modules"]), (0, &json!([{ "module": first, "after": null }])), "{answer:#}");
+    world.append(&[moved("left", 2, "both", 1), moved("left", 3, "new", 1)]);
+    world.rows_at("ledger", "3");
+    swap(&world, "ledger");
+    world.append(&[moved("left", 4, "last", 1)]);
+    let rows = world.rows_at("ledger", "4");
+    let codes: Vec<_> =
+        rows.iter().map(|row| (row["account"].as_str().unwrap(), row["code"].as_i64().unwrap())).collect();
+    assert_eq!(codes, [("both", 2), ("last", 1), ("new", 2), ("old", 1)]);
+    // The modules of the past are kept, also when the folder has another one after a restart.
+    world.stop();
+    world.start();
+    world.wait_live("ledger");
+    let (code, answer) = proof(&world, &["verify", "ledger"]);
+    let made = json!([
+        { "module": first, "after": null }, { "module": second, "after": 1 }, { "module": first, "after": 3 },
+    ]);
+    assert_eq!((code, &answer["modules"], &answer["events"]), (0, &made, &json!(5)), "{answer:#}");
+    let said = world.ok(&["verify", "ledger"]);
+    let expected = format!("the rows after position 1 were made by module {}, swapped in", &second[..8]);
+    assert!(said.contains(&expected), "{said}");
+    // A row that none of them has made is found all the same.
+    world.stop();
+    let file = rusqlite::Connection::open(world.data().join("views/ledger/1.sqlite")).unwrap();
+    file.execute("UPDATE ledger SET code = 1 WHERE account = 'new'", []).unwrap();
+    drop(file);
+    let (code, answer) = proof(&world, &["verify", "ledger"]);
+    let rows = &view(&answer, "ledger")["rows"];
+    assert_eq!((code, rows.as_array().unwrap().len(), &rows[0]["key"][0][1]), (1, 1, &"new".into()), "{answer:#}");
+    assert_eq!(rows[0]["events"][0]["position"], 3);
 }
 
 #[test]
@@ -248,6 +278,8 @@ fn an_event_that_fails_now_is_what_comes_of_a_proof() {
     std::fs::write(world.data().join(format!("modules/{hash}.wasm")), module("ledger+v2")).unwrap();
     let file = rusqlite::Connection::open(world.data().join("views/ledger/1.sqlite")).unwrap();
     file.execute("UPDATE _shadowbox_generation SET module = ?", [&hash]).unwrap();
+    let made = [shadowbox::plugin::hash(&module("ledger")), hash];
+    file.execute("UPDATE _shadowbox_origin SET modules = replace(modules, ?, ?)", made).unwrap();
     drop(file);
     let (code, answer) = proof(&world, &["verify", "ledger"]);
     assert_eq!(code, 1, "{answer:#}");

@@ -139,6 +139,9 @@ pub mod limits {
     pub const PROOF_SAMPLES: u64 = 10;
     /// Events that a proof names for a row that differs: the last ones that changed it.
     pub const PROOF_EVENTS: usize = 5;
+    /// Modules that one generation was swapped through and that are kept, so that a proof can replay what each has made of
+    /// the rows. After more swaps a proof takes the last one for all.
+    pub const MODULES_KEPT: usize = 100;
     /// How often is looked for projections that do not move, at the longest; a look compares a few numbers.
     pub const STALL_LOOK: Duration = Duration::from_secs(1);
     /// How often is looked for events that a source keeps no longer, at the longest; a tenth of the time that it keeps them,

@@ -153,8 +153,12 @@ impl Runtime {
         let folder = Folder::new(&config.plugins, &modules, engine.clone()).map_err(|e| file(&config.plugins, e))?;
         let records = catalogue.projections().await?;
         let policies = catalogue.policies().await?;
-        let used: Vec<_> = records.iter().flat_map(|p| &p.generations).map(|g| g.module.as_str()).collect();
-        sweep(&modules, &used).map_err(|e| file(&modules, e))?;
+        let generations: Vec<_> = records.iter().flat_map(|p| &p.generations).collect();
+        // A proof replays what each module has made of the rows.
+        let origins = generations.iter().filter_map(|g| view::origin(&g.file).ok().flatten());
+        let made: Vec<_> = origins.flat_map(|origin| origin.modules).map(|(_, module)| module).collect();
+        let used = generations.iter().map(|g| g.module.as_str()).chain(made.iter().map(String::as_str));
+        sweep(&modules, &used.collect::<Vec<_>>()).map_err(|e| file(&modules, e))?;
         let shared = Arc::new(Shared {
             log,
             catalogue,

@@ -137,6 +137,15 @@ fn print_verified(v: &Verified) -> Result<()> {
         v.seed,
         cost(&v.cost)
     );
+    if let [_, others @ ..] = &v.modules[..] {
+        for made in others {
+            say!(
+                "  the rows after position {} were made by module {}, swapped in",
+                position(made.after),
+                short(&made.module)
+            );
+        }
+    }
     if let Some(from) = v.complete_from {
         say!(
             "  complete from position {from} on: content of events before it was not kept when the generation was begun"
@@ -166,8 +175,8 @@ fn print_verified(v: &Verified) -> Result<()> {
     }
     if !v.equal {
         say!("possible causes: the plugin keeps state of its own in guest memory, so that rows depend on batches;");
-        say!("  rows from before a hot swap, which are as the former module made them; dead letters that were retried");
-        say!("  later; or somebody has changed the file. shadowbox rebuild {} makes the fold anew", v.projection);
+        say!("  dead letters that were retried later; or somebody has changed the file.");
+        say!("  shadowbox rebuild {} makes the fold anew", v.projection);
     }
     Ok(())
 }

@@ -373,6 +373,7 @@ impl Session {
             changes
         };
         let letters = std::mem::take(&mut self.letters);
+        self.origin_changed |= self.origin.goes_on(self.committed.position, &job.module.hash);
         let origin = std::mem::take(&mut self.origin_changed).then(|| self.origin.clone());
         let appended = mark.as_ref().map_or(Time::EPOCH, |mark| mark.appended);
         self.committing = Some((self.applied, appended, std::mem::take(&mut self.has_applied)));

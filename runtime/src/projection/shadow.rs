@@ -59,8 +59,12 @@ pub struct Shadow {
 impl Shadow {
     /// Makes `file`, which is not there yet, with empty views.
     pub fn begin(fold: &Fold<'_>, file: PathBuf) -> Result<Shadow, Error> {
-        let manifest = &fold.module.manifest;
-        Generation::create(&file, manifest)?;
+        Generation::create(&file, &fold.module.manifest)?;
+        Shadow::go_on(fold, file)
+    }
+
+    /// Goes on in `file`, which another fold has made up to where this one begins, by a module that may do so.
+    pub fn go_on(fold: &Fold<'_>, file: PathBuf) -> Result<Shadow, Error> {
         begin_after(fold, &file)?;
         let job = Job {
             module: fold.module.clone(),

@@ -1,11 +1,14 @@
 //! `verify`: is the live generation the fold of the log?
 
 use std::collections::VecDeque;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use super::{Cost, Error, Progress, Tell, blocking, complete, engine, live, module_of, process_memory, rows, snapshot};
+use super::{
+    Cost, Error, Progress, Tell, blocking, complete, engine, live, module_of, process_memory, rows, snapshot, stored,
+};
 use crate::config::{BatchLimits, Config, limits};
 use crate::log::EventLog;
 use crate::model::{EventName, Position};
@@ -34,6 +37,8 @@ pub struct Verified {
     pub generation: u64,
     /// The hash of the module that made its last commit.
     pub module: String,
+    /// The modules that made the rows, one after the other, as they were swapped.
+    pub modules: Vec<Made>,
     /// To where its rows were complete, and the replayed ones are; None before the first event.
     pub position: Option<Position>,
     /// Before this position events have come without their content, since their source keeps it no longer.
@@ -55,6 +60,15 @@ pub struct Verified {
     pub failed: Option<String>,
     /// View by view; empty if the replay failed.
     pub views: Vec<View>,
+}
+
+/// A module that has made a part of the rows.
+#[derive(Debug, Serialize)]
+pub struct Made {
+    /// Its hash.
+    pub module: String,
+    /// It began after this position; None for the beginning.
+    pub after: Option<Position>,
 }
 
 /// What was compared of one view.
@@ -154,20 +168,32 @@ impl Replay<'_> {
         let log = EventLog::open(&self.config.data)?;
         check_file(&log, &self.live.file)?;
         let origin = self.check_origin(&log)?;
-        let module = module_of(self.config, &engine(self.config)?, &self.record, &self.live)?;
+        let engine = engine(self.config)?;
         let until = self.live.checkpoint();
-        let fold = Fold {
-            module: &module,
-            log: &log,
-            limits: self.config.batch,
-            after: None,
-            until,
-            without: &self.live.dead_letters,
-        };
+        let mut modules = Vec::new();
+        for (after, hash) in &origin.modules {
+            modules.push((*after, stored(self.config, &engine, hash)?));
+        }
+        if modules.is_empty() {
+            modules.push((None, module_of(self.config, &engine, &self.record, &self.live)?));
+        }
+        let ends = modules.iter().skip(1).map(|(after, _)| *after).chain([until]);
+        let folds: Vec<_> = (modules.iter().zip(ends))
+            .map(|((after, module), until)| Fold {
+                module,
+                log: &log,
+                limits: self.config.batch,
+                after: *after,
+                until,
+                without: &self.live.dead_letters,
+            })
+            .collect();
+        let module = &modules.last().expect("at least one").1;
         let mut verified = Verified {
             projection: self.record.projection.clone(),
             generation: self.record.number,
             module: module.hash.clone(),
+            modules: modules.iter().map(|(after, m)| Made { module: m.hash.clone(), after: *after }).collect(),
             position: complete(&log, &module.manifest, until, self.at)?,
             complete_from: origin.complete_from,
             seed: self.seed,
@@ -179,7 +205,7 @@ impl Replay<'_> {
             failed: None,
             views: Vec::new(),
         };
-        match self.shake(&fold, &mut verified, tell) {
+        match self.shake(&folds, &mut verified, tell) {
             // What was passed once must pass always.
             Err(Error::Projection(error @ projection::Error::Event { .. })) => {
                 verified.failed = Some(error.to_string());
@@ -203,7 +229,7 @@ impl Replay<'_> {
         }
         verified.equal = verified.views.iter().all(|view| view.found.is_equal());
         if !verified.equal {
-            self.trace(&fold, &mut verified.views, tell)?;
+            self.trace(&folds, &mut verified.views, tell)?;
         }
         Ok(verified)
     }
@@ -230,28 +256,52 @@ impl Replay<'_> {
     }
 
     /// Replays in batches of random size, with instances dropped at random.
-    fn shake(&self, fold: &Fold<'_>, verified: &mut Verified, tell: &mut Tell) -> Result<(), Error> {
+    fn shake(&self, folds: &[Fold<'_>], verified: &mut Verified, tell: &mut Tell) -> Result<(), Error> {
         let begin = Instant::now();
         let mut dice = Dice(self.seed);
-        let usual = fold.limits;
-        let limits = BatchLimits { commit_rows: dice.up_to(usual.commit_rows as u64) as usize, ..usual };
-        let fold = Fold { limits, ..fold.clone() };
-        let mut shadow = Shadow::begin(&fold, self.scratch.file("replay.sqlite"))?;
-        let wanted = fold.log.count(&fold.module.manifest, 0, fold.until.map_or(0, |p| p.0 + 1))?;
+        let mut memory = 0;
+        let mut result = Ok(());
+        for (number, fold) in folds.iter().enumerate() {
+            let usual = fold.limits;
+            let limits = BatchLimits { commit_rows: dice.up_to(usual.commit_rows as u64) as usize, ..usual };
+            let mut shadow = shadow(number, &Fold { limits, ..fold.clone() }, self.scratch.file("replay.sqlite"))?;
+            result = self.shake_one(&mut shadow, fold, &mut dice, verified, tell);
+            verified.cost.events += shadow.events();
+            memory = memory.max(shadow.memory());
+            if result.is_err() {
+                break;
+            }
+        }
+        verified.cost = Cost {
+            events: verified.cost.events,
+            seconds: begin.elapsed().as_secs_f64(),
+            sandbox_memory: memory,
+            process_memory: process_memory(),
+        };
+        result
+    }
+
+    fn shake_one(
+        &self,
+        shadow: &mut Shadow,
+        fold: &Fold<'_>,
+        dice: &mut Dice,
+        verified: &mut Verified,
+        tell: &mut Tell,
+    ) -> Result<(), Error> {
+        let end = |p: Option<Position>| p.map_or(0, |p| p.0 + 1);
+        let wanted = fold.log.count(&fold.module.manifest, end(fold.after), end(fold.until))?;
         // Also where little is wanted there are to be some batches.
-        let largest = (wanted / 16).clamp(1, usual.events as u64);
+        let largest = (wanted / 16).clamp(1, fold.limits.events as u64);
         // As many batches of one event as of a thousand.
         let next_size = |dice: &mut Dice| {
             let magnitude = dice.up_to(u64::from(largest.ilog2()) + 1);
             dice.up_to(largest.min(1 << magnitude)) as usize
         };
-        let mut size = next_size(&mut dice);
-        let result = loop {
+        let mut size = next_size(dice);
+        loop {
             let before = shadow.events();
-            let more = match shadow.step(size, |_| {}) {
-                Ok(more) => more,
-                Err(error) => break Err(error.into()),
-            };
+            let more = shadow.step(size, |_| {})?;
             // How often events are only passed over depends on how the log is packed; what follows from the seed does not.
             if shadow.events() > before {
                 verified.batches += 1;
@@ -260,55 +310,56 @@ impl Replay<'_> {
                     shadow.forget();
                     verified.dropped += 1;
                 }
-                size = next_size(&mut dice);
+                size = next_size(dice);
             }
             if !more {
-                break Ok(());
+                return Ok(());
             }
             let (done, of) = shadow.progress();
             if !tell(Progress { doing: "replaying", done, of }) {
-                break Err(Error::Interrupted);
+                return Err(Error::Interrupted);
             }
-        };
-        verified.cost = Cost {
-            events: shadow.events(),
-            seconds: begin.elapsed().as_secs_f64(),
-            sandbox_memory: shadow.memory(),
-            process_memory: process_memory(),
-        };
-        result
+        }
     }
 
     /// Replays once more, event by event, and notes which of them change the rows in question.
-    fn trace(&self, fold: &Fold<'_>, views: &mut [View], tell: &mut Tell) -> Result<(), Error> {
-        let mut shadow = Shadow::begin(fold, self.scratch.file("trace.sqlite"))?;
+    fn trace(&self, folds: &[Fold<'_>], views: &mut [View], tell: &mut Tell) -> Result<(), Error> {
         let mut traced: Vec<Traced<'_>> = Vec::new();
         for (view, found) in views.iter_mut().enumerate() {
             let rows = found.rows.iter_mut().filter(|row| row.difference.encoded.is_some());
             traced.extend(rows.map(|row| Traced { view: view as u32, row, last: None, events: VecDeque::new() }));
         }
-        loop {
-            let more = match shadow.step(1, |applied| traced.iter_mut().for_each(|row| row.look(applied))) {
-                Ok(more) => more,
-                // It was passed before. The rows differ all the same; this was only to say more of them.
-                Err(projection::Error::Event { .. }) => false,
-                Err(error) => return Err(error.into()),
-            };
-            let (done, of) = shadow.progress();
-            if !tell(Progress { doing: "looking for the events", done, of }) {
-                return Err(Error::Interrupted);
-            }
-            if !more {
-                break;
+        'folds: for (number, fold) in folds.iter().enumerate() {
+            let mut shadow = shadow(number, fold, self.scratch.file("trace.sqlite"))?;
+            loop {
+                let more = match shadow.step(1, |applied| traced.iter_mut().for_each(|row| row.look(applied))) {
+                    Ok(more) => more,
+                    // It was passed before. The rows differ all the same; this was only to say more of them.
+                    Err(projection::Error::Event { .. }) => break 'folds,
+                    Err(error) => return Err(error.into()),
+                };
+                let (done, of) = shadow.progress();
+                if !tell(Progress { doing: "looking for the events", done, of }) {
+                    return Err(Error::Interrupted);
+                }
+                if !more {
+                    break;
+                }
             }
         }
+        let log = folds[0].log;
         for Traced { row, events, .. } in traced {
             for position in events {
-                row.events.extend(fold.log.event(position)?.map(|(event, _)| event.name()));
+                row.events.extend(log.event(position)?.map(|(event, _)| event.name()));
             }
         }
         Ok(())
     }
+}
+
+/// The first fold makes the file, the others go on in it.
+fn shadow(number: usize, fold: &Fold<'_>, file: PathBuf) -> Result<Shadow, projection::Error> {
+    if number == 0 { Shadow::begin(fold, file) } else { Shadow::go_on(fold, file) }
 }
 
 /// A row whose changes are noted.

@@ -6,12 +6,13 @@ use rusqlite::{Connection, OptionalExtension, params};
 
 use super::Error;
 use super::generation::read_only;
+use crate::config::limits;
 use crate::model::Position;
 
 /// One row, as soon as a writer has opened the file.
 pub(super) const SCHEMA: &str = "
     CREATE TABLE IF NOT EXISTS _shadowbox_origin (only INTEGER PRIMARY KEY CHECK (only = 0), began INTEGER NOT NULL,
-        epoch INTEGER NOT NULL, forgotten INTEGER, complete_from INTEGER, damaged TEXT NOT NULL) STRICT;";
+        epoch INTEGER NOT NULL, forgotten INTEGER, complete_from INTEGER, damaged TEXT NOT NULL, modules TEXT NOT NULL) STRICT;";
 
 /// What the rows of a generation were made from.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -26,9 +27,29 @@ pub struct Origin {
     pub complete_from: Option<Position>,
     /// First and last positions of stretches that could not be read, and were passed over.
     pub damaged: Vec<(Position, Position)>,
+    /// The hashes of the modules that have made the rows, one after the other, each with the checkpoint after which it began.
+    /// Empty for rows from before this was kept.
+    pub modules: Vec<(Option<Position>, String)>,
 }
 
 impl Origin {
+    /// A module goes on with the rows, after a checkpoint. False if it is the one that made them so far.
+    pub fn goes_on(&mut self, after: Option<Position>, module: &str) -> bool {
+        if self.modules.last().is_some_and(|(_, last)| last == module) {
+            return false;
+        }
+        if self.modules.is_empty() && after.is_some() {
+            // What was before it, nobody has kept.
+            return false;
+        }
+        if self.modules.len() == limits::MODULES_KEPT {
+            self.modules.clear();
+        } else {
+            self.modules.push((after, module.to_owned()));
+        }
+        true
+    }
+
     /// True if the rows were made from something that those of the other generation lack.
     pub fn is_fuller_than(&self, other: &Origin) -> bool {
         self.complete_from < other.complete_from || other.damaged.iter().any(|stretch| !self.damaged.contains(stretch))
@@ -45,7 +66,7 @@ pub(super) fn read(connection: &Connection) -> rusqlite::Result<Option<Origin>> 
     if !connection.query_row(exists, [], |r| r.get(0))? {
         return Ok(None);
     }
-    let sql = "SELECT began, epoch, forgotten, complete_from, damaged FROM _shadowbox_origin";
+    let sql = "SELECT began, epoch, forgotten, complete_from, damaged, modules FROM _shadowbox_origin";
     let read = |row: &rusqlite::Row<'_>| {
         let number = |i| row.get::<_, Option<i64>>(i).map(|number| number.map(|number| number as u64));
         Ok(Origin {
@@ -53,26 +74,32 @@ pub(super) fn read(connection: &Connection) -> rusqlite::Result<Option<Origin>> 
             epoch: number(1)?.unwrap_or(0),
             forgotten: number(2)?,
             complete_from: number(3)?.map(Position),
-            damaged: serde_json::from_str(row.get_ref(4)?.as_str()?).map_err(|error| {
-                rusqlite::Error::FromSqlConversionFailure(4, rusqlite::types::Type::Text, error.into())
-            })?,
+            damaged: list(row, 4)?,
+            modules: list(row, 5)?,
         })
     };
     connection.query_row(sql, [], read).optional()
 }
 
+fn list<T: serde::de::DeserializeOwned>(row: &rusqlite::Row<'_>, column: usize) -> rusqlite::Result<T> {
+    serde_json::from_str(row.get_ref(column)?.as_str()?)
+        .map_err(|error| rusqlite::Error::FromSqlConversionFailure(column, rusqlite::types::Type::Text, error.into()))
+}
+
 pub(super) fn write(connection: &Connection, origin: &Origin) -> rusqlite::Result<()> {
-    let Origin { began, epoch, forgotten, complete_from, damaged } = origin;
+    let Origin { began, epoch, forgotten, complete_from, damaged, modules } = origin;
     let number = |number: Option<u64>| number.map(|number| number as i64);
     let damaged = serde_json::to_string(damaged).expect("plain data");
+    let modules = serde_json::to_string(modules).expect("plain data");
     connection
-        .prepare_cached("INSERT OR REPLACE INTO _shadowbox_origin VALUES (0, ?, ?, ?, ?, ?)")?
+        .prepare_cached("INSERT OR REPLACE INTO _shadowbox_origin VALUES (0, ?, ?, ?, ?, ?, ?)")?
         .execute(params![
             *began as i64,
             *epoch as i64,
             number(*forgotten),
             number(complete_from.map(|position| position.0)),
-            damaged
+            damaged,
+            modules
         ])
         .map(drop)
 }
