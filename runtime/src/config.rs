@@ -127,6 +127,11 @@ pub mod limits {
     pub const READERS: usize = 4;
     /// Prepared statements that each of them keeps: queries that differ in more than their values. One is some kilobytes.
     pub const READER_STATEMENTS: usize = 64;
+    /// Conditions of one query. SQLite's own limit, on how deep an expression is, is 1,000.
+    pub const FILTERS: usize = 500;
+    /// A pattern of `like` and `ilike`, bytes. Matching takes a step for each character of the text and each 64 of the
+    /// pattern: the longest takes some 50 ms on a text of a megabyte.
+    pub const PATTERN_BYTES: usize = 4 << 10;
     /// How long a reader's query may run, and how long it may wait for a connection. Beyond that it is a report, which
     /// belongs on the SQLite file itself.
     pub const QUERY_TIME: Duration = Duration::from_secs(10);

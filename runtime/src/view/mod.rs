@@ -11,6 +11,7 @@ pub mod compare;
 mod dead_letters;
 mod generation;
 mod origin;
+mod pattern;
 pub mod query;
 pub mod readers;
 pub mod render;

@@ -22,8 +22,10 @@ use base64::Engine as _;
 use rusqlite::ToSql;
 use rusqlite::types::{ToSqlOutput, Value, ValueRef};
 
+use super::pattern::range;
 use super::readers::Error;
-use super::row::push_quoted;
+use super::row::{push_quoted, quote};
+use crate::config::limits;
 use crate::manifest::{Column, ColumnType, ViewSchema};
 use crate::model::Time;
 
@@ -77,7 +79,8 @@ pub struct Filter {
 #[expect(missing_docs, reason = "the names say it")]
 pub enum Test {
     Compare(Comparison, Literal),
-    /// `%` or `*` stand for any text, `_` for one character, `\` takes the next character literally.
+    /// `%` or `*` stand for any text, `_` for one character, `\` takes the next character literally. Case is that of
+    /// Unicode's simple case folding.
     Like {
         pattern: String,
         ignore_case: bool,
@@ -196,6 +199,10 @@ fn is_decimal(text: &str) -> bool {
     [whole, fraction].iter().all(|part| !part.is_empty() && part.bytes().all(|b| b.is_ascii_digit()))
 }
 
+/// The names under which the functions of [`super::pattern`] are registered on every reader's connection.
+pub(super) const LIKE: &str = "text_like";
+pub(super) const ILIKE: &str = "text_ilike";
+
 /// The name under which [`compare_decimals`] is registered on every reader's connection.
 pub(super) const DECIMAL: &str = "decimal";
 
@@ -234,6 +241,30 @@ impl Select {
         let columns =
             schema.columns.iter().enumerate().map(|(column, c)| Output { name: c.name.clone(), column }).collect();
         Select { columns, limit, ..Select::default() }
+    }
+
+    /// Refuses what would cost more than an answer is worth.
+    pub(super) fn check(&self, schema: &ViewSchema) -> Result<(), Error> {
+        if self.filters.len() > limits::FILTERS {
+            return Err(Error::Refused(format!(
+                "the query has {} conditions; the limit is {}, a list like in.(a,b) is one",
+                self.filters.len(),
+                limits::FILTERS
+            )));
+        }
+        for filter in &self.filters {
+            if let Test::Like { pattern, .. } = &filter.test
+                && pattern.len() > limits::PATTERN_BYTES
+            {
+                return Err(Error::Refused(format!(
+                    "the pattern for column {:?} has {} bytes; the limit is {}",
+                    schema.columns[filter.column].name,
+                    pattern.len(),
+                    limits::PATTERN_BYTES
+                )));
+            }
+        }
+        Ok(())
     }
 
     /// The types of the answer's columns.
@@ -323,6 +354,35 @@ impl Filter {
     fn push<'a>(&'a self, schema: &ViewSchema, sql: &mut String, arguments: &mut Arguments<'a>) {
         let column = &schema.columns[self.column];
         sql.push_str(if self.negated { "NOT (" } else { "" });
+        if let Test::Like { pattern, ignore_case } = &self.test {
+            self.push_like(column, pattern, *ignore_case, sql, arguments);
+        } else {
+            self.push_test(column, sql, arguments);
+        }
+        sql.push_str(if self.negated { ")" } else { "" });
+    }
+
+    /// The text's beginning is compared first, so that an index can be used, and few texts are matched.
+    fn push_like(
+        &self,
+        column: &Column,
+        pattern: &str,
+        ignore_case: bool,
+        sql: &mut String,
+        arguments: &mut Arguments<'_>,
+    ) {
+        let (name, function) = (quote(&column.name), if ignore_case { ILIKE } else { LIKE });
+        let range = range(pattern).filter(|_| !ignore_case);
+        let condition = match range {
+            Some(_) => format!("({name} >= ? AND {name} < ? AND {function}({name}, ?))"),
+            None => format!("{function}({name}, ?)"),
+        };
+        sql.push_str(&condition);
+        let texts = range.into_iter().flat_map(|(first, next)| [first, next]).chain([pattern.to_owned()]);
+        arguments.extend(texts.map(|text| Cow::Owned(Literal::Text(text))));
+    }
+
+    fn push_test<'a>(&'a self, column: &Column, sql: &mut String, arguments: &mut Arguments<'a>) {
         push_quoted(sql, &column.name);
         sql.push_str(collate(column.kind));
         match &self.test {
@@ -338,67 +398,13 @@ impl Filter {
                 }
                 sql.push(')');
             }
-            Test::Like { pattern, ignore_case: false } => {
-                sql.push_str(" GLOB ?");
-                arguments.push(Cow::Owned(Literal::Text(glob(pattern))));
-            }
-            Test::Like { pattern, ignore_case: true } => {
-                sql.push_str(" LIKE ? ESCAPE '\\'");
-                arguments.push(Cow::Owned(Literal::Text(like(pattern))));
-            }
+            Test::Like { .. } => unreachable!("it is written by `push_like`"),
             Test::IsNull => sql.push_str(" IS NULL"),
             Test::IsNotNull => sql.push_str(" IS NOT NULL"),
             Test::Is(true) => sql.push_str(" IS 1"),
             Test::Is(false) => sql.push_str(" IS 0"),
         }
-        sql.push_str(if self.negated { ")" } else { "" });
     }
-}
-
-/// A part of a pattern.
-enum Part {
-    Any,
-    One,
-    Character(char),
-}
-
-fn parts(pattern: &str) -> impl Iterator<Item = Part> {
-    let mut characters = pattern.chars();
-    std::iter::from_fn(move || {
-        Some(match characters.next()? {
-            '%' | '*' => Part::Any,
-            '_' => Part::One,
-            '\\' => Part::Character(characters.next().unwrap_or('\\')),
-            c => Part::Character(c),
-        })
-    })
-}
-
-/// SQLite's LIKE ignores case (of ASCII letters), so the case-sensitive form is GLOB.
-fn glob(pattern: &str) -> String {
-    let mut out = String::new();
-    for part in parts(pattern) {
-        match part {
-            Part::Any => out.push('*'),
-            Part::One => out.push('?'),
-            Part::Character(c @ ('*' | '?' | '[')) => out.extend(['[', c, ']']),
-            Part::Character(c) => out.push(c),
-        }
-    }
-    out
-}
-
-fn like(pattern: &str) -> String {
-    let mut out = String::new();
-    for part in parts(pattern) {
-        match part {
-            Part::Any => out.push('%'),
-            Part::One => out.push('_'),
-            Part::Character(c @ ('%' | '_' | '\\')) => out.extend(['\\', c]),
-            Part::Character(c) => out.push(c),
-        }
-    }
-    out
 }
 
 #[cfg(test)]
@@ -482,17 +488,5 @@ mod tests {
         }
         assert_eq!(compare_decimals("99", "n/a"), Ordering::Less);
         assert_eq!(compare_decimals("n/a", "99"), Ordering::Greater);
-    }
-
-    #[test]
-    fn patterns() {
-        for (pattern, expected_glob, expected_like) in [
-            ("a%b*c_d", "a*b*c?d", "a%b%c_d"),
-            (r"\%\*\_\\", r"%[*]_\", r"\%*\_\\"),
-            ("[?]", "[[][?]]", "[?]"),
-            ("end\\", "end\\", r"end\\"),
-        ] {
-            assert_eq!((glob(pattern).as_str(), like(pattern).as_str()), (expected_glob, expected_like), "{pattern}");
-        }
     }
 }

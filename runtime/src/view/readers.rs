@@ -10,12 +10,14 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
+use rusqlite::functions::{Context, FunctionFlags};
 use rusqlite::types::ValueRef;
-use rusqlite::{Connection, ErrorCode, OpenFlags, params_from_iter};
+use rusqlite::{Connection, ErrorCode, OpenFlags, ffi, params_from_iter};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::generation::stored_checkpoint;
-use super::query::{Arguments, DECIMAL, Select, compare_decimals};
+use super::pattern::Pattern;
+use super::query::{Arguments, DECIMAL, ILIKE, LIKE, Select, compare_decimals};
 use crate::config::limits;
 use crate::manifest::ViewSchema;
 use crate::model::Position;
@@ -114,8 +116,9 @@ impl Readers {
         mut into: T,
         mut row: impl FnMut(&mut T, &[Value<'_>]) -> Result<(), Error> + Send + 'static,
     ) -> Result<(Found, T), Error> {
+        select.check(schema)?;
         let mut lease = self.pool(place, live).lease().await?;
-        if select.is_of_one_key(schema) && lease.connection.is_some() {
+        if select.is_of_one_key(schema) && lease.reader.is_some() {
             let found = lease.select(schema, &select, Arc::default(), &mut |values| row(&mut into, values))?;
             return Ok((found, into));
         }
@@ -170,7 +173,7 @@ struct Pool {
     file: PathBuf,
     places: Arc<Semaphore>,
     /// With the time since when; the last one is taken first.
-    idle: Mutex<Vec<(Connection, Instant)>>,
+    idle: Mutex<Vec<(Reader, Instant)>>,
 }
 
 /// A connection that is not used for so long is closed: one to a generation that was dropped keeps its file's disk space.
@@ -195,14 +198,14 @@ impl Pool {
             }
         };
         let idle = self.idle.lock().expect("nothing panics while holding it").pop();
-        Ok(Lease { connection: idle.map(|(connection, _)| connection), pool: self, _place: place })
+        Ok(Lease { reader: idle.map(|(reader, _)| reader), pool: self, _place: place })
     }
 }
 
 /// The right to use one connection of a pool.
 struct Lease {
     /// None before the first use.
-    connection: Option<Connection>,
+    reader: Option<Reader>,
     pool: Arc<Pool>,
     _place: OwnedSemaphorePermit,
 }
@@ -218,7 +221,7 @@ impl Lease {
         let result = self.try_select(schema, select, caller_is_gone, row);
         if result.is_err() {
             // In the middle of its transaction it is of no use to the next reader.
-            self.connection = None;
+            self.reader = None;
         }
         result.map_err(|error| match error {
             // A generation that was dropped under a reader fails in one of many ways.
@@ -234,31 +237,74 @@ impl Lease {
         caller_is_gone: Arc<AtomicBool>,
         row: &mut dyn FnMut(&[Value<'_>]) -> Result<(), Error>,
     ) -> Result<Found, Error> {
-        let connection = match &mut self.connection {
-            Some(connection) => connection,
-            none => none.insert(open(&self.pool.file)?),
+        let reader = match &mut self.reader {
+            Some(reader) => reader,
+            none => none.insert(Reader::open(&self.pool.file)?),
         };
-        bound(connection, limits::QUERY_TIME, caller_is_gone)?;
-        snapshot(connection, schema, select, row)
+        reader.bound.set(limits::QUERY_TIME, caller_is_gone);
+        snapshot(&reader.connection, schema, select, row)
     }
 }
 
 impl Drop for Lease {
     fn drop(&mut self) {
         // Not after a panic either.
-        if let Some(connection) = self.connection.take().filter(Connection::is_autocommit) {
-            self.pool.idle.lock().expect("nothing panics while holding it").push((connection, Instant::now()));
+        if let Some(reader) = self.reader.take().filter(|reader| reader.connection.is_autocommit()) {
+            self.pool.idle.lock().expect("nothing panics while holding it").push((reader, Instant::now()));
         }
     }
 }
 
-/// Interrupts whatever runs on the connection after that time. The next call replaces the deadline.
-fn bound(connection: &Connection, time: Duration, caller_is_gone: Arc<AtomicBool>) -> rusqlite::Result<()> {
-    /// SQLite's virtual instructions between two looks at the clock: some tens of microseconds.
-    const INSTRUCTIONS: i32 = 10_000;
-    let deadline = Instant::now() + time;
-    let over = move || Instant::now() >= deadline || caller_is_gone.load(Relaxed);
-    connection.progress_handler(INSTRUCTIONS, Some(over))
+/// A connection that reads a view's file, and what ends a query on it.
+struct Reader {
+    connection: Connection,
+    bound: Arc<Bound>,
+}
+
+impl Reader {
+    fn open(file: &Path) -> rusqlite::Result<Reader> {
+        /// SQLite's virtual instructions between two looks at the clock: some tens of microseconds.
+        const INSTRUCTIONS: i32 = 10_000;
+        let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let connection = prepare(Connection::open_with_flags(file, flags)?)?;
+        let bound = Arc::new(Bound::default());
+        let within = bound.clone();
+        connection.progress_handler(INSTRUCTIONS, Some(move || within.is_over()))?;
+        for (name, ignore_case) in [(LIKE, false), (ILIKE, true)] {
+            let within = bound.clone();
+            let like = move |context: &Context<'_>| like(context, ignore_case, &within);
+            let flags = FunctionFlags::SQLITE_UTF8 | FunctionFlags::SQLITE_DETERMINISTIC;
+            connection.create_scalar_function(name, 2, flags, like)?;
+        }
+        Ok(Reader { connection, bound })
+    }
+}
+
+/// Until when a query may run. SQLite asks between its instructions; one instruction that takes long has to ask itself.
+#[derive(Default)]
+struct Bound(Mutex<Option<(Instant, Arc<AtomicBool>)>>);
+
+impl Bound {
+    /// Replaces the deadline.
+    fn set(&self, time: Duration, caller_is_gone: Arc<AtomicBool>) {
+        *self.0.lock().expect("nothing panics while holding it") = Some((Instant::now() + time, caller_is_gone));
+    }
+
+    fn is_over(&self) -> bool {
+        let bound = self.0.lock().expect("nothing panics while holding it");
+        bound.as_ref().is_some_and(|(deadline, gone)| Instant::now() >= *deadline || gone.load(Relaxed))
+    }
+}
+
+/// Whether a text, the first argument, is as a pattern says, the second; null if there is no text.
+fn like(context: &Context<'_>, ignore_case: bool, bound: &Bound) -> rusqlite::Result<Option<bool>> {
+    // SQLite keeps it for the statement's other rows.
+    let pattern = context.get_or_create_aux(1, |pattern| pattern.as_str().map(|p| Pattern::new(p, ignore_case)))?;
+    let ValueRef::Text(text) = context.get_raw(0) else { return Ok(None) };
+    match pattern.matches(&String::from_utf8_lossy(text), || bound.is_over()) {
+        None => Err(rusqlite::Error::SqliteFailure(ffi::Error::new(ffi::SQLITE_INTERRUPT), None)),
+        found => Ok(found),
+    }
 }
 
 /// The query in one transaction, so that checkpoint and rows belong together.
@@ -310,12 +356,6 @@ fn value(raw: ValueRef<'_>) -> Result<Value<'_>, Error> {
         ValueRef::Text(text) => Value::Text(std::str::from_utf8(text).map_err(|e| Error::Database(e.to_string()))?),
         ValueRef::Blob(bytes) => Value::Blob(bytes),
     })
-}
-
-/// A connection that reads a view's file.
-fn open(file: &Path) -> rusqlite::Result<Connection> {
-    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-    prepare(Connection::open_with_flags(file, flags)?)
 }
 
 /// What every connection that reads views has.
@@ -414,6 +454,59 @@ mod tests {
         check(&[(0, false, like("b%", false))], &[], &["b"]).await;
         check(&[(0, false, like("b%", true))], &[], &["B*", "b"]).await;
         check(&[(0, false, like("%\\*", false))], &[], &["B*"]).await;
+        check(&[(0, true, like("b%", false))], &[], &["B*", "a", "c"]).await;
+        check(&[(2, false, like("1%", false))], &[], &["a", "c"]).await;
+        check(&[(2, true, like("1%", true))], &[], &["b"]).await;
+    }
+
+    #[tokio::test]
+    async fn patterns_know_every_letter_and_are_bounded() {
+        let (_folder, file, writer) = generation();
+        writer
+            .execute_batch("INSERT INTO \"order\" VALUES ('Äpfel', 1, NULL), ('x' || char(0) || 'y', 1, NULL)")
+            .unwrap();
+        let (readers, schema) = (Readers::default(), schema());
+        let rows = async |pattern: &str, ignore_case| {
+            let filter =
+                Filter { column: 0, negated: false, test: Test::Like { pattern: pattern.into(), ignore_case } };
+            let query = Select { filters: vec![filter], ..Select::all(&schema, 100) };
+            select(&readers, &file, &query).await.map(|(keys, _)| keys)
+        };
+        assert_eq!(rows("*äPFEL*", true).await.unwrap(), ["Äpfel"]);
+        assert_eq!(rows("*y", false).await.unwrap(), ["x\0y"]);
+        assert_eq!(rows("x", false).await.unwrap(), [""; 0]);
+        assert!(rows(&"a".repeat(limits::PATTERN_BYTES), true).await.unwrap().is_empty());
+        let refused = rows(&"a".repeat(limits::PATTERN_BYTES + 1), true).await.unwrap_err().to_string();
+        assert_eq!(refused, "the pattern for column \"group\" has 4097 bytes; the limit is 4096");
+
+        let like = Test::Like { pattern: "B%".into(), ignore_case: false };
+        let filter = Filter { column: 0, negated: false, test: like };
+        let many = |n| Select { filters: vec![filter.clone(); n], ..Select::all(&schema, 100) };
+        assert_eq!(select(&readers, &file, &many(limits::FILTERS)).await.unwrap().0, ["B*"]);
+        let refused = select(&readers, &file, &many(limits::FILTERS + 1)).await.unwrap_err().to_string();
+        assert!(refused.starts_with("the query has 501 conditions; the limit is 500"), "{refused}");
+    }
+
+    #[tokio::test]
+    async fn a_pattern_uses_the_key() {
+        let (_folder, file, _writer) = generation();
+        let reader = Reader::open(&file).unwrap();
+        let filter =
+            |ignore_case| Filter { column: 0, negated: false, test: Test::Like { pattern: "b%".into(), ignore_case } };
+        for (ignore_case, plan) in
+            [(false, "SEARCH order USING PRIMARY KEY (group>? AND group<?)"), (true, "SCAN order")]
+        {
+            let query = Select { filters: vec![filter(ignore_case)], ..Select::all(&schema(), 100) };
+            assert_eq!(plan_of(&reader.connection, &query), [plan]);
+        }
+    }
+
+    /// What SQLite says that it does for the rows of a query.
+    fn plan_of(connection: &Connection, query: &Select) -> Vec<String> {
+        let schema = schema();
+        let (sql, arguments) = query.rows_sql(&schema);
+        let mut plan = connection.prepare(&format!("EXPLAIN QUERY PLAN {sql}")).unwrap();
+        plan.query_map(params_from_iter(arguments), |row| row.get(3)).unwrap().map(Result::unwrap).collect()
     }
 
     #[tokio::test]
@@ -474,10 +567,14 @@ mod tests {
 
         let endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n";
         for (deadline, caller_is_gone) in [(Duration::ZERO, false), (limits::QUERY_TIME, true)] {
-            let connection = open(&file).unwrap();
-            bound(&connection, deadline, Arc::new(caller_is_gone.into())).unwrap();
-            let slow = connection.query_row(endless, [], |_| Ok(())).map_err(Error::from);
-            assert!(matches!(slow, Err(Error::TooSlow)), "{slow:?}");
+            let reader = Reader::open(&file).unwrap();
+            reader.bound.set(deadline, Arc::new(caller_is_gone.into()));
+            // Many instructions, and one.
+            let one = "SELECT text_ilike(hex(zeroblob(4096)), '%1')";
+            for sql in [endless, one] {
+                let slow = reader.connection.query_row(sql, [], |_| Ok(())).map_err(Error::from);
+                assert!(matches!(slow, Err(Error::TooSlow)), "{slow:?}");
+            }
         }
     }
 
