@@ -5,6 +5,7 @@
 //! because the view may have been switched to another generation in between: the checkpoint in its snapshot, or the
 //! position to which that generation was complete before, if nothing that is wanted came after the checkpoint.
 
+use std::io::Write as _;
 use std::time::Duration;
 
 use axum::Json;
@@ -26,7 +27,7 @@ use crate::model::Position;
 use crate::supervisor::LiveView;
 use crate::view::query::Select;
 use crate::view::readers::{Error, Found, Place, Value};
-use crate::view::render::{JsonRows, text, write_csv};
+use crate::view::render::{Bounded, JsonRows, text, write_csv, write_csv_to};
 
 /// How often a waiting reader looks whether its view has another generation. A switch ends the old generation's
 /// checkpoints, but not at once: readers still have it.
@@ -249,15 +250,14 @@ impl Answer {
         let place = Place { projection: &view.projection, generation: view.generation, file: &view.file };
         let write = move |(rows, body): &mut (u64, Vec<u8>), values: &[Value<'_>]| {
             *rows += 1;
-            if format == Format::Csv {
-                write_csv(kinds.iter().zip(values).map(|(kind, value)| text(Some(*kind), *value)), body);
+            let mut out = Bounded::new(body, limits::ANSWER_BYTES);
+            let written = if format == Format::Csv {
+                write_csv_to(kinds.iter().zip(values).map(|(kind, value)| text(Some(*kind), *value)), &mut out)
             } else {
-                if *rows > 1 {
-                    body.extend_from_slice(b",\n");
-                }
-                json.write(values, body);
-            }
-            if body.len() > limits::ANSWER_BYTES { Err(Error::TooLarge) } else { Ok(()) }
+                let between: &[u8] = if *rows > 1 { b",\n" } else { b"" };
+                out.write_all(between).and_then(|()| json.write_to(values, &mut out))
+            };
+            written.map_err(|_| Error::TooLarge)
         };
         let found = app.readers.select(place, &view.schema, select, live, (0, body), write);
         let (found, (rows, mut body)) = found.await?;

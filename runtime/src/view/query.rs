@@ -272,6 +272,20 @@ impl Select {
         self.columns.iter().map(|o| schema.columns[o.column].kind).collect()
     }
 
+    /// The columns that the statement reads, each of them once: SQLite would have the value of one that is selected a
+    /// thousand times in memory a thousand times. And, for each output, which of them it is.
+    pub(super) fn sources(&self) -> (Vec<usize>, Vec<usize>) {
+        let mut columns = Vec::new();
+        let source = |output: &Output| {
+            columns.iter().position(|column| *column == output.column).unwrap_or_else(|| {
+                columns.push(output.column);
+                columns.len() - 1
+            })
+        };
+        let sources = self.columns.iter().map(source).collect();
+        (columns, sources)
+    }
+
     /// True if it asks for the row of one key: then what it costs has a bound, which is low.
     pub(super) fn is_of_one_key(&self, schema: &ViewSchema) -> bool {
         let equal = |f: &Filter| !f.negated && matches!(f.test, Test::Compare(Comparison::Equal, _));
@@ -286,9 +300,9 @@ impl Select {
     /// the limit: SQLite plans by it, and would prepare a statement again each time that it is given one.
     pub(super) fn rows_sql(&self, schema: &ViewSchema) -> (String, Arguments<'_>) {
         let (mut sql, mut arguments) = (String::with_capacity(512), Arguments::new());
-        for (i, output) in self.columns.iter().enumerate() {
+        for (i, column) in self.sources().0.into_iter().enumerate() {
             sql.push_str(if i == 0 { "SELECT " } else { ", " });
-            push_quoted(&mut sql, &schema.columns[output.column].name);
+            push_quoted(&mut sql, &schema.columns[column].name);
         }
         sql.push_str(" FROM ");
         push_quoted(&mut sql, &schema.name);
@@ -323,7 +337,10 @@ impl Select {
         let ordered = |column: &usize| self.order.iter().any(|o| o.column == *column);
         let rest = schema.key_columns().into_iter().filter(|column| !ordered(column));
         let rest = rest.map(|column| Order { column, descending, nulls_first: false });
-        for (i, order) in self.order.iter().copied().chain(rest).enumerate() {
+        // What a column has ordered once, it does not order again.
+        let first = |(i, order): &(usize, Order)| self.order[..*i].iter().all(|o| o.column != order.column);
+        let orders = self.order.iter().copied().enumerate().filter(first).map(|(_, order)| order);
+        for (i, order) in orders.chain(rest).enumerate() {
             if i > 0 {
                 sql.push_str(", ");
             }

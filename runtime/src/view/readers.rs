@@ -325,6 +325,9 @@ fn snapshot(
         total = Some(count.unsigned_abs());
     }
     let (sql, arguments) = select.rows_sql(schema);
+    let (columns, sources) = select.sources();
+    let mut several = |values: &[Value<'_>]| row(&sources.iter().map(|i| values[*i]).collect::<Vec<_>>());
+    let row = if columns.len() == sources.len() { row } else { &mut several };
     each_row(&mut *connection.prepare_cached(&sql)?, arguments, row)?;
     connection.prepare_cached("COMMIT")?.execute([])?;
     Ok(Found { checkpoint, total })
