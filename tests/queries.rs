@@ -110,7 +110,9 @@ fn a_column_that_is_selected_many_times_is_read_once_and_counts_as_often() {
     // More than SQLite lets a statement have.
     let select: String = (0..2_500).map(|n| format!("c{n}:account,")).collect();
     let path = format!("/views/ledger?select={select}amount&order=account");
-    let rows = world.get(&format!("{path}&limit=2")).json();
+    let rows = world.get(&format!("{path}&limit=2"));
+    assert_eq!(rows.status, 200, "{}", rows.body);
+    let rows = rows.json();
     assert_eq!((rows[1].as_object().unwrap().len(), &rows[1]["amount"]), (2_501, &json!(1)));
     assert_eq!((&rows[0]["c0"], &rows[1]["c2499"]), (&json!(format!("{account}00")), &json!(format!("{account}01"))));
     for accept in ["application/json", "text/csv"] {

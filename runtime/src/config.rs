@@ -125,8 +125,12 @@ pub mod limits {
     pub const ATTACHED: usize = 10;
     /// Readers' connections to one view file.
     pub const READERS: usize = 4;
-    /// Prepared statements that each of them keeps: queries that differ in more than their values. One is some kilobytes.
+    /// Prepared statements that each of them keeps: queries that differ in more than their values, and in how many of
+    /// these a list has. One is some kilobytes.
     pub const READER_STATEMENTS: usize = 64;
+    /// A prepared statement that is kept, bytes; a larger one is prepared each time. All that are kept for one view are
+    /// within 16 MB for each four connections.
+    pub const READER_STATEMENT_BYTES: usize = 64 << 10;
     /// Conditions of one query. SQLite's own limit, on how deep an expression is, is 1,000.
     pub const FILTERS: usize = 500;
     /// A pattern of `like` and `ilike`, bytes. Matching takes a step for each character of the text and each 64 of the

@@ -17,10 +17,12 @@
 use std::borrow::Cow;
 use std::cmp::Ordering;
 use std::fmt::Write as _;
+use std::rc::Rc;
 
 use base64::Engine as _;
 use rusqlite::ToSql;
 use rusqlite::types::{ToSqlOutput, Value, ValueRef};
+use rusqlite::vtab::array::Array;
 
 use super::pattern::range;
 use super::readers::Error;
@@ -155,6 +157,17 @@ impl Literal {
     }
 }
 
+impl From<&Literal> for Value {
+    fn from(literal: &Literal) -> Value {
+        match literal {
+            Literal::Integer(value) => Value::Integer(*value),
+            Literal::Real(value) => Value::Real(*value),
+            Literal::Text(value) => Value::Text(value.clone()),
+            Literal::Blob(value) => Value::Blob(value.clone()),
+        }
+    }
+}
+
 impl ToSql for Literal {
     fn to_sql(&self) -> rusqlite::Result<ToSqlOutput<'_>> {
         Ok(match self {
@@ -167,7 +180,23 @@ impl ToSql for Literal {
 }
 
 /// The values for the question marks of a statement, in their order.
-pub(super) type Arguments<'a> = Vec<Cow<'a, Literal>>;
+pub(super) type Arguments<'a> = Vec<Argument<'a>>;
+
+/// What a question mark stands for.
+pub(super) enum Argument<'a> {
+    One(Cow<'a, Literal>),
+    /// However many there are, the statement is the same.
+    List(Array),
+}
+
+impl ToSql for Argument<'_> {
+    fn to_sql(&self) -> rusqlite::Result<ToSqlOutput<'_>> {
+        match self {
+            Argument::One(literal) => literal.to_sql(),
+            Argument::List(literals) => literals.to_sql(),
+        }
+    }
+}
 
 fn bytes(text: &str) -> Option<Vec<u8>> {
     // A plus sign in a URL arrives as a space unless it is escaped.
@@ -312,7 +341,7 @@ impl Select {
         // SQLite's limits are signed, and a negative one means none.
         let [limit, offset] = [self.limit, self.offset].map(|n| i64::try_from(n).unwrap_or(i64::MAX));
         write!(sql, " LIMIT {limit} OFFSET ?").expect("writing to a string cannot fail");
-        arguments.push(Cow::Owned(Literal::Integer(offset)));
+        arguments.push(Argument::One(Cow::Owned(Literal::Integer(offset))));
         (sql, arguments)
     }
 
@@ -396,7 +425,7 @@ impl Filter {
         };
         sql.push_str(&condition);
         let texts = range.into_iter().flat_map(|(first, next)| [first, next]).chain([pattern.to_owned()]);
-        arguments.extend(texts.map(|text| Cow::Owned(Literal::Text(text))));
+        arguments.extend(texts.map(|text| Argument::One(Cow::Owned(Literal::Text(text)))));
     }
 
     fn push_test<'a>(&'a self, column: &Column, sql: &mut String, arguments: &mut Arguments<'a>) {
@@ -405,15 +434,11 @@ impl Filter {
         match &self.test {
             Test::Compare(comparison, literal) => {
                 sql.push_str(comparison.sql());
-                arguments.push(Cow::Borrowed(literal));
+                arguments.push(Argument::One(Cow::Borrowed(literal)));
             }
             Test::In(literals) => {
-                sql.push_str(" IN (");
-                for (i, literal) in literals.iter().enumerate() {
-                    sql.push_str(if i == 0 { "?" } else { ", ?" });
-                    arguments.push(Cow::Borrowed(literal));
-                }
-                sql.push(')');
+                sql.push_str(" IN (SELECT value FROM rarray(?))");
+                arguments.push(Argument::List(Rc::new(literals.iter().map(Value::from).collect())));
             }
             Test::Like { .. } => unreachable!("it is written by `push_like`"),
             Test::IsNull => sql.push_str(" IS NULL"),

@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 
 use rusqlite::functions::{Context, FunctionFlags};
 use rusqlite::types::ValueRef;
-use rusqlite::{Connection, ErrorCode, OpenFlags, ffi, params_from_iter};
+use rusqlite::vtab::array;
+use rusqlite::{CachedStatement, Connection, ErrorCode, OpenFlags, StatementStatus, ffi, params_from_iter};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::generation::stored_checkpoint;
@@ -267,6 +268,7 @@ impl Reader {
         const INSTRUCTIONS: i32 = 10_000;
         let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let connection = prepare(Connection::open_with_flags(file, flags)?)?;
+        array::load_module(&connection)?;
         let bound = Arc::new(Bound::default());
         let within = bound.clone();
         connection.progress_handler(INSTRUCTIONS, Some(move || within.is_over()))?;
@@ -322,15 +324,28 @@ fn snapshot(
         let (sql, arguments) = select.count_sql(schema);
         let mut statement = connection.prepare_cached(&sql)?;
         let count: i64 = statement.query_row(params_from_iter(arguments), |row| row.get(0))?;
+        keep(statement);
         total = Some(count.unsigned_abs());
     }
     let (sql, arguments) = select.rows_sql(schema);
     let (columns, sources) = select.sources();
-    let mut several = |values: &[Value<'_>]| row(&sources.iter().map(|i| values[*i]).collect::<Vec<_>>());
-    let row = if columns.len() == sources.len() { row } else { &mut several };
-    each_row(&mut *connection.prepare_cached(&sql)?, arguments, row)?;
+    let mut each = |values: &[Value<'_>]| match columns.len() == sources.len() {
+        true => row(values),
+        false => row(&sources.iter().map(|source| values[*source]).collect::<Vec<_>>()),
+    };
+    let mut statement = connection.prepare_cached(&sql)?;
+    each_row(&mut statement, arguments, &mut each)?;
+    keep(statement);
     connection.prepare_cached("COMMIT")?.execute([])?;
     Ok(Found { checkpoint, total })
+}
+
+/// Leaves a statement to the next query of its shape, unless it takes too much memory for that.
+fn keep(statement: CachedStatement<'_>) {
+    let bytes = usize::try_from(statement.get_status(StatementStatus::MemUsed)).unwrap_or(usize::MAX);
+    if bytes > limits::READER_STATEMENT_BYTES {
+        statement.discard();
+    }
 }
 
 /// Calls `row` for each row, with values by their storage class.
@@ -501,6 +516,48 @@ mod tests {
         {
             let query = Select { filters: vec![filter(ignore_case)], ..Select::all(&schema(), 100) };
             assert_eq!(plan_of(&reader.connection, &query), [plan]);
+        }
+    }
+
+    #[tokio::test]
+    async fn lists_are_one_statement_in_the_order_and_by_the_index_of_one_that_is_written_out() {
+        let (_folder, file, writer) = generation();
+        writer.execute_batch("CREATE INDEX \"order.0\" ON \"order\" (n)").unwrap();
+        let connection = Reader::open(&file).unwrap().connection;
+        let list = |column, literals: Vec<Literal>| Select {
+            filters: vec![Filter { column, negated: false, test: Test::In(literals) }],
+            ..Select::all(&schema(), 100)
+        };
+        let statements: std::collections::HashSet<_> = (0..256)
+            .flat_map(|n| [list(0, vec![Literal::Text("a".into()); n]), list(1, vec![Literal::Integer(1); n])])
+            .map(|query| query.rows_sql(&schema()).0)
+            .collect();
+        assert_eq!(statements.len(), 2);
+        for column in [0, 1] {
+            let query = list(column, vec![Literal::Integer(1), Literal::Integer(2), Literal::Integer(3)]);
+            let sql = query.rows_sql(&schema()).0.replace("SELECT value FROM rarray(?)", "?, ?, ?");
+            let mut written = connection.prepare(&format!("EXPLAIN QUERY PLAN {sql}")).unwrap();
+            let written: Vec<String> =
+                written.query_map([1, 2, 3, 0], |row| row.get(3)).unwrap().map(Result::unwrap).collect();
+            let mut plan = plan_of(&connection, &query);
+            plan.retain(|step| {
+                !["LIST SUBQUERY", "SCAN rarray", "CREATE BLOOM FILTER"].iter().any(|own| step.starts_with(own))
+            });
+            assert_eq!(plan, written);
+            assert!(plan[0].starts_with("SEARCH order USING"), "{plan:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_large_statement_is_not_kept() {
+        let (_folder, file, _writer) = generation();
+        let connection = Reader::open(&file).unwrap().connection;
+        let filter = Filter { column: 1, negated: false, test: Test::Compare(Comparison::Less, Literal::Integer(1)) };
+        for (filters, kept) in [(1, 1), (limits::FILTERS, 0)] {
+            let query = Select { filters: vec![filter.clone(); filters], ..Select::all(&schema(), 100) };
+            snapshot(&connection, &schema(), &query, &mut |_| Ok(())).unwrap();
+            let statement = connection.prepare_cached(&query.rows_sql(&schema()).0).unwrap();
+            assert_eq!(statement.get_status(StatementStatus::Run), kept, "{filters} conditions");
         }
     }
 
