@@ -123,8 +123,16 @@ pub mod limits {
     pub const DEAD_LETTERS_LISTED: u64 = 1_000;
     /// Databases that SQLite attaches to one connection, and so live projections in one SQL query.
     pub const ATTACHED: usize = 10;
-    /// Readers' connections to one view file.
+    /// Queries that run on one view file at once, each on a connection of its own.
     pub const READERS: usize = 4;
+    /// Those of them that may take longer than [`QUICK_QUERY`]; the others wait. It leaves places for those that do not.
+    pub const READERS_LONG: usize = 2;
+    /// What a query may take before it needs one of those turns. If none is free it begins anew when one is, so that a
+    /// long query costs so much more at the most. Of n long queries that come at once, each keeps a place from the short
+    /// ones for so long.
+    pub const QUICK_QUERY: Duration = Duration::from_millis(100);
+    /// Connections beside these, for reads by the whole key, which take some microseconds and wait for no other query.
+    pub const READERS_KEYED: usize = 2;
     /// Prepared statements that each of them keeps: queries that differ in more than their values, and in how many of
     /// these a list has. One is some kilobytes.
     pub const READER_STATEMENTS: usize = 64;

@@ -38,8 +38,12 @@ pub enum Error {
     /// The rows have more than [`limits::ANSWER_BYTES`].
     #[error("the answer has more than {} MiB; ask for fewer rows or columns", limits::ANSWER_BYTES >> 20)]
     TooLarge,
-    /// All readers' connections were taken for [`limits::QUERY_TIME`].
-    #[error("all {} readers of this view are busy; try again later", limits::READERS)]
+    /// All places for such a query were taken for [`limits::QUERY_TIME`].
+    #[error(
+        "this view is busy: {} queries run, {} of them may take long; try again later",
+        limits::READERS,
+        limits::READERS_LONG
+    )]
     Busy,
     /// Whoever was to get the rows did not take them.
     #[error("cannot write the rows")]
@@ -102,13 +106,14 @@ pub struct Readers {
 
 impl Readers {
     /// Runs a query. `row` is called for each row and puts it `into` what is returned; its first error ends the query.
-    /// Only the queries of a live generation should be asked for: `live` says which pools may stay open when a new one
-    /// is opened. A caller that goes away ends the query, too.
+    /// What has to wait in the middle begins anew, with another copy of `into`. Only the queries of a live generation
+    /// should be asked for: `live` says which pools may stay open when a new one is opened. A caller that goes away ends
+    /// the query, too.
     ///
     /// # Panics
     ///
     /// If `row` does.
-    pub async fn select<T: Send + 'static>(
+    pub async fn select<T: Clone + Send + 'static>(
         &self,
         place: Place<'_>,
         schema: &Arc<ViewSchema>,
@@ -118,23 +123,40 @@ impl Readers {
         mut row: impl FnMut(&mut T, &[Value<'_>]) -> Result<(), Error> + Send + 'static,
     ) -> Result<(Found, T), Error> {
         select.check(schema)?;
-        let mut lease = self.pool(place, live).lease().await?;
-        if select.is_of_one_key(schema) && lease.reader.is_some() {
-            let found = lease.select(schema, &select, Arc::default(), &mut |values| row(&mut into, values))?;
-            return Ok((found, into));
-        }
+        let pool = self.pool(place, live);
+        let keyed = select.is_of_one_key(schema);
+        let mut lease = pool.lease(if keyed { &pool.keyed } else { &pool.places }).await?;
         let caller = Caller::default();
-        let (schema, caller_is_gone) = (schema.clone(), caller.0.clone());
-        let query = tokio::task::spawn_blocking(move || {
-            let found = lease.select(&schema, &select, caller_is_gone, &mut |values| row(&mut into, values))?;
-            Ok((found, into))
-        });
-        match query.await {
-            Ok(answer) => answer,
-            Err(error) => match error.try_into_panic() {
-                Ok(panic) => std::panic::resume_unwind(panic),
-                Err(_) => Err(Error::Database("the runtime is stopping".into())),
-            },
+        if keyed && lease.reader.is_some() {
+            let run = Run::new(caller.0.clone(), None);
+            let found = lease.select(schema, &select, run, &mut |values| row(&mut into, values))?;
+            return Ok((found.expect("it needs no turn"), into));
+        }
+        let select = Arc::new(select);
+        let mut turn = None;
+        loop {
+            let quick = if keyed || turn.is_some() { None } else { Some((pool.quick, pool.long.clone())) };
+            let run = Run::new(caller.0.clone(), quick);
+            let (schema, select, mut rows) = (schema.clone(), select.clone(), into.clone());
+            let query = tokio::task::spawn_blocking(move || {
+                let found = lease.select(&schema, &select, run, &mut |values| row(&mut rows, values));
+                (found.map(|found| found.map(|found| (found, rows))), row)
+            });
+            let answer = match query.await {
+                Ok((answer, again)) => {
+                    row = again;
+                    answer?
+                }
+                Err(error) => match error.try_into_panic() {
+                    Ok(panic) => std::panic::resume_unwind(panic),
+                    Err(_) => return Err(Error::Database("the runtime is stopping".into())),
+                },
+            };
+            if let Some(answer) = answer {
+                return Ok(answer);
+            }
+            turn = Some(acquire(&pool.long).await?);
+            lease = pool.lease(&pool.places).await?;
         }
     }
 
@@ -144,13 +166,7 @@ impl Readers {
             return pool.clone();
         }
         pools.retain(|_, pool| live(&pool.projection, pool.generation));
-        let pool = Arc::new(Pool {
-            projection: place.projection.to_owned(),
-            generation: place.generation,
-            file: place.file.to_owned(),
-            places: Arc::new(Semaphore::new(limits::READERS)),
-            idle: Mutex::default(),
-        });
+        let pool = Arc::new(Pool::new(place, limits::QUICK_QUERY));
         tokio::spawn(close_idle(Arc::downgrade(&pool)));
         pools.insert(place.file.to_owned(), pool.clone());
         pool
@@ -172,7 +188,13 @@ struct Pool {
     projection: String,
     generation: u64,
     file: PathBuf,
+    /// For reads by the whole key: nothing that takes long is before them.
+    keyed: Arc<Semaphore>,
+    /// For everything else.
     places: Arc<Semaphore>,
+    /// Who has taken longer than `quick` needs one of these as well, or leaves its place and waits for one.
+    long: Arc<Semaphore>,
+    quick: Duration,
     /// With the time since when; the last one is taken first.
     idle: Mutex<Vec<(Reader, Instant)>>,
 }
@@ -189,17 +211,33 @@ async fn close_idle(pool: Weak<Pool>) {
     }
 }
 
+/// Waits for a permit, as long as a query may take.
+async fn acquire(permits: &Arc<Semaphore>) -> Result<OwnedSemaphorePermit, Error> {
+    if let Ok(permit) = permits.clone().try_acquire_owned() {
+        return Ok(permit);
+    }
+    let permit = tokio::time::timeout(limits::QUERY_TIME, permits.clone().acquire_owned());
+    Ok(permit.await.map_err(|_| Error::Busy)?.expect("it is never closed"))
+}
+
 impl Pool {
-    async fn lease(self: Arc<Pool>) -> Result<Lease, Error> {
-        let place = match self.places.clone().try_acquire_owned() {
-            Ok(place) => place,
-            Err(_) => {
-                let place = tokio::time::timeout(limits::QUERY_TIME, self.places.clone().acquire_owned());
-                place.await.map_err(|_| Error::Busy)?.expect("it is never closed")
-            }
-        };
+    fn new(place: Place<'_>, quick: Duration) -> Pool {
+        Pool {
+            projection: place.projection.to_owned(),
+            generation: place.generation,
+            file: place.file.to_owned(),
+            keyed: Arc::new(Semaphore::new(limits::READERS_KEYED)),
+            places: Arc::new(Semaphore::new(limits::READERS)),
+            long: Arc::new(Semaphore::new(limits::READERS_LONG)),
+            quick,
+            idle: Mutex::default(),
+        }
+    }
+
+    async fn lease(self: &Arc<Pool>, places: &Arc<Semaphore>) -> Result<Lease, Error> {
+        let place = acquire(places).await?;
         let idle = self.idle.lock().expect("nothing panics while holding it").pop();
-        Ok(Lease { reader: idle.map(|(reader, _)| reader), pool: self, _place: place })
+        Ok(Lease { reader: idle.map(|(reader, _)| reader), pool: self.clone(), _place: place })
     }
 }
 
@@ -212,15 +250,16 @@ struct Lease {
 }
 
 impl Lease {
+    /// None if the query has to wait for a turn among those that take long.
     fn select(
         &mut self,
         schema: &ViewSchema,
         select: &Select,
-        caller_is_gone: Arc<AtomicBool>,
+        run: Run,
         row: &mut dyn FnMut(&[Value<'_>]) -> Result<(), Error>,
-    ) -> Result<Found, Error> {
-        let result = self.try_select(schema, select, caller_is_gone, row);
-        if result.is_err() {
+    ) -> Result<Option<Found>, Error> {
+        let result = self.try_select(schema, select, run, row);
+        if !matches!(result, Ok(Some(_))) {
             // In the middle of its transaction it is of no use to the next reader.
             self.reader = None;
         }
@@ -235,15 +274,19 @@ impl Lease {
         &mut self,
         schema: &ViewSchema,
         select: &Select,
-        caller_is_gone: Arc<AtomicBool>,
+        run: Run,
         row: &mut dyn FnMut(&[Value<'_>]) -> Result<(), Error>,
-    ) -> Result<Found, Error> {
+    ) -> Result<Option<Found>, Error> {
         let reader = match &mut self.reader {
             Some(reader) => reader,
             none => none.insert(Reader::open(&self.pool.file)?),
         };
-        reader.bound.set(limits::QUERY_TIME, caller_is_gone);
-        snapshot(&reader.connection, schema, select, row)
+        reader.bound.begin(run);
+        let found = snapshot(&reader.connection, schema, select, row);
+        match (found, reader.bound.end()) {
+            (Err(Error::TooSlow), Some(Run { waits: true, .. })) => Ok(None),
+            (found, _) => found.map(Some),
+        }
     }
 }
 
@@ -282,19 +325,54 @@ impl Reader {
     }
 }
 
-/// Until when a query may run. SQLite asks between its instructions; one instruction that takes long has to ask itself.
+/// A query that runs, and what it may.
+struct Run {
+    deadline: Instant,
+    caller_is_gone: Arc<AtomicBool>,
+    /// From when on it needs a turn, and where these are. None if it has one, or is bounded anyway.
+    quick: Option<(Instant, Arc<Semaphore>)>,
+    /// The turn that was free when it was needed, until the query ends.
+    turn: Option<OwnedSemaphorePermit>,
+    /// It was ended because none was.
+    waits: bool,
+}
+
+impl Run {
+    fn new(caller_is_gone: Arc<AtomicBool>, quick: Option<(Duration, Arc<Semaphore>)>) -> Run {
+        let now = Instant::now();
+        let quick = quick.map(|(time, turns)| (now + time, turns));
+        Run { deadline: now + limits::QUERY_TIME, caller_is_gone, quick, turn: None, waits: false }
+    }
+
+    fn is_over(&mut self) -> bool {
+        let now = Instant::now();
+        if now >= self.deadline || self.caller_is_gone.load(Relaxed) {
+            return true;
+        }
+        if let Some((_, turns)) = self.quick.take_if(|(until, _)| now >= *until) {
+            self.turn = turns.try_acquire_owned().ok();
+            self.waits = self.turn.is_none();
+        }
+        self.waits
+    }
+}
+
+/// What ends the query that runs on a connection. SQLite asks between its instructions; one instruction that takes long
+/// has to ask itself.
 #[derive(Default)]
-struct Bound(Mutex<Option<(Instant, Arc<AtomicBool>)>>);
+struct Bound(Mutex<Option<Run>>);
 
 impl Bound {
-    /// Replaces the deadline.
-    fn set(&self, time: Duration, caller_is_gone: Arc<AtomicBool>) {
-        *self.0.lock().expect("nothing panics while holding it") = Some((Instant::now() + time, caller_is_gone));
+    fn begin(&self, run: Run) {
+        *self.0.lock().expect("nothing panics while holding it") = Some(run);
+    }
+
+    fn end(&self) -> Option<Run> {
+        self.0.lock().expect("nothing panics while holding it").take()
     }
 
     fn is_over(&self) -> bool {
-        let bound = self.0.lock().expect("nothing panics while holding it");
-        bound.as_ref().is_some_and(|(deadline, gone)| Instant::now() >= *deadline || gone.load(Relaxed))
+        self.0.lock().expect("nothing panics while holding it").as_mut().is_some_and(Run::is_over)
     }
 }
 
@@ -628,7 +706,8 @@ mod tests {
         let endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n";
         for (deadline, caller_is_gone) in [(Duration::ZERO, false), (limits::QUERY_TIME, true)] {
             let reader = Reader::open(&file).unwrap();
-            reader.bound.set(deadline, Arc::new(caller_is_gone.into()));
+            let run = Run::new(Arc::new(caller_is_gone.into()), None);
+            reader.bound.begin(Run { deadline: Instant::now() + deadline, ..run });
             // Many instructions, and one.
             let one = "SELECT text_ilike(hex(zeroblob(4096)), '%1')";
             for sql in [endless, one] {
@@ -663,6 +742,46 @@ mod tests {
                 assert_eq!(found, select(&readers, &file, &other).await.unwrap());
                 assert_eq!(found, select(&Readers::default(), &file, &one).await.unwrap());
             }
+        }
+    }
+
+    #[tokio::test]
+    async fn what_takes_long_leaves_room_for_what_does_not() {
+        let (_folder, file, writer) = generation();
+        let long = "INSERT INTO \"order\" VALUES ('z' || hex(zeroblob(4096)), 1, NULL)";
+        writer.execute_batch(long).unwrap();
+        let readers = Arc::new(Readers::default());
+        // Whoever is asked at all has taken long: texts like that one are matched in two steps.
+        let place = Place { projection: "p", generation: 1, file: &file };
+        let pool = Arc::new(Pool::new(place, Duration::ZERO));
+        readers.pools.lock().unwrap().insert(file.clone(), pool.clone());
+        let filter =
+            |test| Select { filters: vec![Filter { column: 0, negated: false, test }], ..Select::all(&schema(), 100) };
+        let slow = filter(Test::Like { pattern: "Z%0".into(), ignore_case: true });
+        let short = filter(Test::In(vec![Literal::Text("a".into())]));
+        let keyed = filter(Test::Compare(Comparison::Equal, Literal::Text("b".into())));
+
+        let turns: Vec<_> = (0..limits::READERS_LONG).map(|_| pool.long.clone().try_acquire_owned().unwrap()).collect();
+        let queries: Vec<_> = (0..3 * limits::READERS)
+            .map(|_| {
+                let (readers, file, slow) = (readers.clone(), file.clone(), slow.clone());
+                tokio::spawn(async move { select(&readers, &file, &slow).await })
+            })
+            .collect();
+        for _ in 0..10 {
+            assert_eq!(select(&readers, &file, &short).await.unwrap().0, ["a"]);
+        }
+        assert!(queries.iter().all(|query| !query.is_finished()), "they wait");
+        // A turn that is free is taken on the way, and given back.
+        drop(turns);
+        for query in queries {
+            assert_eq!(query.await.unwrap().unwrap().0.len(), 1);
+        }
+        assert_eq!(pool.long.available_permits(), limits::READERS_LONG);
+
+        let _places: Vec<_> = (0..limits::READERS).map(|_| pool.places.clone().try_acquire_owned().unwrap()).collect();
+        for _ in 0..2 {
+            assert_eq!(select(&readers, &file, &keyed).await.unwrap().0, ["b"]);
         }
     }
 
