@@ -3,7 +3,7 @@
 //! It is a small database of its own. Which rows are complete to where is not in it: that stands with the rows. So a
 //! crash between a generation's last commit and its promotion loses nothing; the promotion is done after the restart.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteRow};
@@ -108,7 +108,7 @@ impl Catalogue {
         let (file, views) = (data.join(FILE), data.join("views"));
         let generations = || entries(&views).any(|projection| entries(&projection).any(|file| is_database(&file)));
         if !file.exists() && generations() {
-            // A new one would take them all for strays.
+            // A new one would give their numbers out again.
             return Err(Error::NoCatalogue { catalogue: file, views });
         }
         let catalogue = Catalogue::connect(data, SqliteConnectOptions::new().create_if_missing(true)).await?;
@@ -199,6 +199,13 @@ impl Catalogue {
     /// After an error it may be called again: whatever became of the first call, its generation is forgotten, and
     /// another one made. There must be none in this role that counts.
     pub async fn create(&self, role: Role, module: &str, manifest: &Manifest) -> Result<GenerationRecord, Error> {
+        let next = self.last_numbers().await?.get(&manifest.projection).copied().unwrap_or_default() + 1;
+        let file = self.file(&manifest.projection, next as u64);
+        if file.symlink_metadata().is_ok() {
+            let what = "no file of Shadowbox's, but in the way of a new generation; move it elsewhere";
+            let error = std::io::Error::new(std::io::ErrorKind::AlreadyExists, what);
+            return Err(Error::File { path: file, error });
+        }
         let sql = "INSERT INTO numbers VALUES (?, 1) ON CONFLICT DO UPDATE SET last = last + 1 RETURNING last";
         let number = sqlx::query_scalar::<_, i64>(sql).bind(&manifest.projection).fetch_one(&self.pool).await;
         let number = number.map_err(|e| self.failed(e))?;
@@ -366,18 +373,42 @@ impl Catalogue {
         remove_database(&self.file(projection, number))
     }
 
-    /// Removes files of generations that the catalogue does not know: what a crash in the middle of `create` or `remove`
-    /// left, be it only the journal of a database that is gone.
+    /// Removes the files of generations that are no more: what a crash in the middle of `create` or `remove` left, be it
+    /// only the journal of a database that is gone. A file is ours if a number that was given out is its name. What else
+    /// is in the folder is somebody's, a copy say, and is only named in the log.
     pub async fn remove_strays(&self) -> Result<(), Error> {
-        let known: Vec<PathBuf> =
+        let known: HashSet<PathBuf> =
             self.projections().await?.into_iter().flat_map(|p| p.generations).map(|g| g.file).collect();
-        for file in entries(&self.data.join("views")).flat_map(|projection| entries(&projection)) {
-            if let Some(database) = database(&file).filter(|database| !known.contains(database)) {
-                fault::point("start.stray", &file.to_string_lossy());
-                remove_database(&database)?;
+        let last: HashMap<String, i64> = self.last_numbers().await?;
+        // Each once, whatever there is of it.
+        let mut strays = BTreeSet::new();
+        for folder in entries(&self.data.join("views")) {
+            if !folder.is_dir() {
+                leave(&folder);
+                continue;
+            }
+            let last = folder.file_name().and_then(|name| last.get(name.to_str()?)).copied().unwrap_or_default();
+            for file in entries(&folder) {
+                let is_file = file.symlink_metadata().is_ok_and(|metadata| metadata.is_file());
+                match database(&file).filter(|database| is_file && number(database).is_some_and(|n| n <= last)) {
+                    Some(database) if known.contains(&database) => {}
+                    Some(database) => drop(strays.insert(database)),
+                    None => leave(&file),
+                }
             }
         }
+        for file in strays {
+            fault::point("start.stray", &file.to_string_lossy());
+            tracing::info!(?file, "removing the file of a generation that is no more");
+            remove_database(&file)?;
+        }
         Ok(())
+    }
+
+    /// By projection: the number that was given out last.
+    async fn last_numbers(&self) -> Result<HashMap<String, i64>, Error> {
+        let rows = sqlx::query_as("SELECT projection, last FROM numbers").fetch_all(&self.pool).await;
+        Ok(rows.map_err(|e| self.failed(e))?.into_iter().collect())
     }
 
     /// Closes the database, so that the file alone is all of it.
@@ -415,6 +446,16 @@ fn database(file: &Path) -> Option<PathBuf> {
     Some(PathBuf::from(path)).filter(|path| is_database(path))
 }
 
+/// The number of the generation that has its database in a file of this name.
+fn number(database: &Path) -> Option<i64> {
+    let stem = database.file_stem()?.to_str()?;
+    stem.parse().ok().filter(|number: &i64| *number > 0 && number.to_string() == stem)
+}
+
+fn leave(path: &Path) {
+    tracing::warn!(?path, "this is no file of Shadowbox's, and is left alone; keep it elsewhere");
+}
+
 /// The database first: without the files beside it, it would pass for an older state of itself.
 fn remove_database(file: &Path) -> Result<(), Error> {
     for suffix in [""].into_iter().chain(BESIDE) {
@@ -431,4 +472,63 @@ fn remove_database(file: &Path) -> Result<(), Error> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn only_what_was_given_out_is_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let catalogue = Catalogue::open(folder.path()).await.unwrap();
+        sqlx::raw_sql("INSERT INTO numbers VALUES ('p', 2)").execute(&catalogue.pool).await.unwrap();
+        let views = folder.path().join("views");
+        let ours = ["p/1.sqlite", "p/1.sqlite-wal", "p/2.sqlite-journal", "p/2.sqlite-shm"];
+        let others = [
+            "1.sqlite",
+            "p/0.sqlite",
+            "p/01.sqlite",
+            "p/+1.sqlite",
+            "p/1 (copy).sqlite",
+            "p/1.sqlite.bak",
+            "p/3.sqlite",
+            "p/3.sqlite-wal",
+            "p/backup.sqlite",
+            "q/1.sqlite",
+        ];
+        for folder in ["p", "q"] {
+            std::fs::create_dir_all(views.join(folder)).unwrap();
+        }
+        for file in ours.iter().chain(&others) {
+            std::fs::write(views.join(file), "x").unwrap();
+        }
+        catalogue.remove_strays().await.unwrap();
+        for file in ours {
+            assert!(!views.join(file).exists(), "{file} was left");
+        }
+        for file in others {
+            assert!(views.join(file).exists(), "{file} was removed");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_file_in_the_way_of_a_new_generation_is_kept() {
+        let folder = tempfile::tempdir().unwrap();
+        let catalogue = Catalogue::open(folder.path()).await.unwrap();
+        let manifest = Manifest::parse(MANIFEST).unwrap();
+        let file = catalogue.file(&manifest.projection, 1);
+        std::fs::create_dir_all(file.parent().unwrap()).unwrap();
+        std::fs::write(&file, "mine").unwrap();
+        for _ in 0..2 {
+            let refused = catalogue.create(Role::Building, "m", &manifest).await.unwrap_err().to_string();
+            assert!(refused.contains("in the way of a new generation; move it elsewhere"), "{refused}");
+            assert_eq!(std::fs::read(&file).unwrap(), b"mine");
+        }
+        std::fs::remove_file(&file).unwrap();
+        assert_eq!(catalogue.create(Role::Building, "m", &manifest).await.unwrap().number, 1);
+    }
+
+    const MANIFEST: &str = r#"{ "contract": "0.1.0", "projection": "p", "version": 1, "sources": [{ "source": "s" }],
+        "views": [{ "name": "a", "columns": [{ "name": "k", "type": "text" }], "key": ["k"] }] }"#;
 }
