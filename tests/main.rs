@@ -10,6 +10,7 @@ mod flights;
 mod folder;
 mod forget;
 mod hostile;
+mod http;
 mod interleave;
 mod malformed;
 mod order;

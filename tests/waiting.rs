@@ -49,7 +49,7 @@ fn a_waiting_reader_does_not_hold_up_a_stop() {
     let url = world.url("");
     let mut reader = TcpStream::connect(url.strip_prefix("http://").unwrap()).unwrap();
     reader
-        .write_all(b"GET /views/ledger HTTP/1.1\r\nhost: x\r\nshadowbox-position: 1\r\nprefer: wait=60\r\n\r\n")
+        .write_all(b"GET /views/ledger HTTP/1.1\r\nhost: localhost\r\nshadowbox-position: 1\r\nprefer: wait=60\r\n\r\n")
         .unwrap();
     // The server takes connections in their order, so that by then it has ours.
     assert_eq!(world.get("/healthz").status, 200);

@@ -300,9 +300,12 @@ pub struct SandboxLimits {
     pub deadline: Duration,
 }
 
-/// What a reader may ask for.
-#[derive(Clone, Copy, Debug)]
+/// Who is answered, and what a reader may ask for.
+#[derive(Clone, Debug)]
 pub struct HttpLimits {
+    /// Names of this server, in requests of HTTP, beside its addresses and `localhost`; a name that is not known may be
+    /// that of a page which was let lead here. With a name behind which others live, their pages can do what its user can.
+    pub hosts: Vec<String>,
     /// Rows in one answer. A query without `limit` gets at most this many, and `Content-Range` says so.
     pub max_rows: u64,
     /// How long a reader that asks for a position waits for it if it does not say.
@@ -374,6 +377,8 @@ pub struct WrittenSandbox {
 #[serde(deny_unknown_fields)]
 #[expect(missing_docs, reason = "each field is described in HttpLimits")]
 pub struct WrittenHttp {
+    #[serde(default)]
+    pub hosts: Vec<String>,
     pub max_rows: Option<u64>,
     pub default_wait_ms: Option<u64>,
     pub max_wait_ms: Option<u64>,
@@ -439,6 +444,7 @@ impl Written {
                 deadline: ms(within("sandbox.deadline_ms", s.deadline_ms, 10_000, 10, 600_000)?),
             },
             http: HttpLimits {
+                hosts: h.hosts.into_iter().map(host).collect::<Result<_, _>>()?,
                 max_rows: within("http.max_rows", h.max_rows, 10_000, 1, 10_000_000)?,
                 default_wait: ms(within("http.default_wait_ms", h.default_wait_ms, 5_000, 0, 60_000)?),
                 max_wait: ms(within("http.max_wait_ms", h.max_wait_ms, 60_000, 0, 600_000)?),
@@ -468,6 +474,20 @@ fn within<T: PartialOrd + std::fmt::Display>(
         Some(value) => {
             Err(Error::Value { key, value: value.to_string(), allowed: format!("a number from {min} to {max}") })
         }
+    }
+}
+
+/// A name as requests have it, but without a port, which may be that of a proxy.
+fn host(name: String) -> Result<String, Error> {
+    let label =
+        |label: &str| !label.is_empty() && label.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_".contains(&b));
+    match name.split('.').all(label) {
+        true => Ok(name),
+        false => Err(Error::Value {
+            key: "http.hosts",
+            value: format!("{name:?}"),
+            allowed: "names without scheme and port, like shadowbox.example.com".into(),
+        }),
     }
 }
 
@@ -511,7 +531,13 @@ mod tests {
         assert_eq!(kept.sources["sensors/*"].keep, Some(400 * day));
         let parking = check("[failures]\npolicy = \"skip\"\n[projections.orders]\npolicy = \"park\"").unwrap();
         assert_eq!((parking.policy("orders"), parking.policy("flights")), (Policy::Park, Policy::Skip));
+        let named = check("[http]\nhosts = [\"a.example.com\", \"shadowbox\"]").unwrap();
+        assert_eq!(named.http.hosts, ["a.example.com", "shadowbox"]);
         for (toml, expected) in [
+            ("[http]\nhosts = [\"http://a.example\"]", "http.hosts = \"http://a.example\" is not valid; use names"),
+            ("[http]\nhosts = [\"a.example:80\"]", "http.hosts = \"a.example:80\" is not valid"),
+            ("[http]\nhosts = [\"*\"]", "http.hosts = \"*\" is not valid"),
+            ("[http]\nhosts = [\"\"]", "http.hosts = \"\" is not valid"),
             ("plugin = \"x\"", "unknown field `plugin`"),
             ("[batch]\nevent = 1", "unknown field `event`"),
             ("listen = \"localhost\"", "listen = \"localhost\" is not valid; use an address"),

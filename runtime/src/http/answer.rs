@@ -23,7 +23,7 @@ pub(super) const PREFERENCE_APPLIED: HeaderName = HeaderName::from_static("prefe
 /// An answer that is an error: `{"error": code, "message": ...}` and what else a program may want to know.
 #[derive(Debug)]
 pub(super) struct Failure {
-    status: StatusCode,
+    pub(super) status: StatusCode,
     body: Value,
     /// Boxed, because results are moved around a lot, and seldom are errors.
     headers: Box<HeaderMap>,

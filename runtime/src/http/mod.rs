@@ -1,13 +1,14 @@
 //! The HTTP interface: views, events in, status. The only module that names axum.
 //!
 //! `GET /` lists the routes. Errors are JSON, `{"error": code, "message": what to do}`, with nothing else in place of
-//! it: also for unknown routes, wrong methods, bodies that are too large, and panics.
+//! it: also for unknown routes, wrong methods, hosts that are not ours, bodies that are too large, and panics.
 
 mod admin;
 mod answer;
 mod dead_letters;
 mod dialect;
 mod events;
+mod guard;
 mod views;
 
 use std::any::Any;
@@ -16,10 +17,9 @@ use std::io;
 use std::sync::Arc;
 
 use axum::Router;
-use axum::extract::{DefaultBodyLimit, Request};
-use axum::http::header::{HOST, ORIGIN};
+use axum::extract::DefaultBodyLimit;
 use axum::http::{Method, StatusCode, Uri};
-use axum::middleware::{self, Next};
+use axum::middleware;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use tokio::net::TcpListener;
@@ -61,7 +61,8 @@ pub async fn serve(
 }
 
 fn router(app: App) -> Router {
-    let max_body = app.runtime.config().http.max_body;
+    let http = &app.runtime.config().http;
+    let (max_body, hosts) = (http.max_body, Arc::from(&*http.hosts));
     Router::new()
         .route("/", get(admin::index))
         .route("/views", get(views::list))
@@ -90,7 +91,7 @@ fn router(app: App) -> Router {
         .layer((
             CompressionLayer::new(),
             CatchPanicLayer::custom(panicked),
-            middleware::from_fn(same_origin),
+            middleware::from_fn_with_state(hosts, guard::guard),
             DefaultBodyLimit::max(max_body),
         ))
         .with_state(app)
@@ -103,23 +104,6 @@ async fn unknown_route(uri: Uri) -> Failure {
 async fn wrong_method(method: Method, uri: Uri) -> Failure {
     let message = format!("{method} does not work on {:?}; GET / lists the routes", uri.path());
     Failure::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message)
-}
-
-/// A web page of somebody else must not change anything here through the browser of whoever visits it. A page can send
-/// a request to loopback, but not without its origin.
-async fn same_origin(request: Request, next: Next) -> Result<Response, Failure> {
-    let headers = request.headers();
-    if [Method::POST, Method::PUT].contains(request.method())
-        && let Some(origin) = headers.get(ORIGIN).and_then(|o| o.to_str().ok())
-    {
-        let host = headers.get(HOST).and_then(|h| h.to_str().ok()).unwrap_or_default();
-        if origin.split_once("://").map(|(_, authority)| authority) != Some(host) {
-            let message =
-                format!("pages from {origin} may not change anything here; use a program, or a page of {host}");
-            return Err(Failure::new(StatusCode::FORBIDDEN, "cross_origin", message));
-        }
-    }
-    Ok(next.run(request).await)
 }
 
 /// The panic itself has been logged by the panic hook.

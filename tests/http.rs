@@ -1,0 +1,86 @@
+//! HTTP itself: what a client library does not send, byte by byte.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+
+use serde_json::Value;
+
+use crate::support::{World, event};
+
+/// Sends bytes as they are; answers the status and the body when the server has closed the connection.
+fn raw(world: &World, request: &[u8]) -> (u16, String) {
+    let mut stream = TcpStream::connect(world.url("").strip_prefix("http://").unwrap()).unwrap();
+    stream.set_read_timeout(Some(std::time::Duration::from_secs(30))).unwrap();
+    stream.write_all(request).unwrap();
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).unwrap();
+    let answer = String::from_utf8(answer).unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    (head.split(' ').nth(1).unwrap().parse().unwrap(), body.to_owned())
+}
+
+/// The message of an answer that is an error of ours.
+fn message(body: &str) -> String {
+    let body: Value = serde_json::from_str(body).unwrap_or_else(|error| panic!("{error}: {body:?}"));
+    assert!(body["error"].is_string(), "{body}");
+    body["message"].as_str().unwrap().to_owned()
+}
+
+#[test]
+fn a_foreign_name_neither_reads_nor_appends() {
+    let mut world = World::new();
+    std::fs::write(world.directory.path().join("shadowbox.toml"), "[http]\nhosts = ['shadowbox.example.com']\n")
+        .unwrap();
+    world.start();
+    let address = world.url("").split_once("://").unwrap().1.to_owned();
+    let port = address.split_once(':').unwrap().1.to_owned();
+    let line = event("s", "T", "1", 0, Value::Null);
+    let post = |headers: &str| {
+        raw(
+            &world,
+            format!(
+                "POST /events HTTP/1.1\r\n{headers}connection: close\r\ncontent-type: application/json\r\ncontent-length: \
+                 {}\r\n\r\n{line}",
+                line.len()
+            )
+            .as_bytes(),
+        )
+    };
+    let get = |version: &str, headers: &str| {
+        raw(&world, format!("GET /views HTTP/{version}\r\n{headers}connection: close\r\n\r\n").as_bytes())
+    };
+    let evil = format!("evil.example:{port}");
+    // The page is of the same origin for the browser, once its name leads here.
+    for headers in [
+        format!("host: {evil}\r\n"),
+        format!("host: {evil}\r\norigin: http://{evil}\r\n"),
+        format!("host: x.shadowbox.example.com\r\norigin: http://{evil}\r\n"),
+    ] {
+        for (status, body) in [post(&headers), get("1.1", &headers), get("1.0", &headers)] {
+            assert_eq!(status, 421, "{headers}: {body}");
+            let message = message(&body);
+            assert!(message.contains("add the name to hosts under [http]"), "{message}");
+            assert!(message.contains(headers["host: ".len()..].split("\r\n").next().unwrap()), "{message}");
+        }
+    }
+    let (status, body) = raw(
+        &world,
+        format!("GET http://{evil}/views HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n").as_bytes(),
+    );
+    assert_eq!(status, 421, "{body}");
+    assert_eq!(get("1.1", "").0, 400);
+    assert_eq!(get("1.1", "host: localhost\r\nhost: evil.example\r\n").0, 400);
+    for origin in [format!("http://{evil}"), "null".into(), "http://\u{e9}".into()] {
+        let (status, body) = post(&format!("host: {address}\r\norigin: {origin}\r\n"));
+        assert_eq!((status, message(&body).contains("may not change anything")), (403, true), "{origin}: {body}");
+    }
+    assert!(world.get("/status").json()["log"]["head"].is_null(), "something was appended");
+
+    let own = format!("localhost:{port}");
+    for host in [&address, &own, "[::1]", "shadowbox.example.com", "Shadowbox.Example.Com:8443"] {
+        assert_eq!(get("1.1", &format!("host: {host}\r\n")).0, 200, "{host}");
+        assert_eq!(post(&format!("host: {host}\r\norigin: https://{host}\r\n")).0, 200, "{host}");
+    }
+    assert_eq!(get("1.0", "").0, 200);
+    assert_eq!(world.get("/status").json()["log"]["head"], 0);
+}
