@@ -84,3 +84,55 @@ fn a_foreign_name_neither_reads_nor_appends() {
     assert_eq!(get("1.0", "").0, 200);
     assert_eq!(world.get("/status").json()["log"]["head"], 0);
 }
+
+#[test]
+fn an_event_of_the_binary_mode_is_the_same_as_in_json() {
+    let mut world = World::new();
+    world.start();
+    let binary = |id: &str, headers: &str, body: &[u8]| {
+        let head = format!(
+            "POST /events HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\nCE-SpecVersion: 1.0\r\nce-id: \
+             {id}\r\nce-source: s\r\nce-type: T\r\nce-time: 2013-01-01T10:15:00Z\r\n{headers}content-length: {}\r\n\r\n",
+            body.len()
+        );
+        raw(&world, &[head.as_bytes(), body].concat())
+    };
+    let events = [
+        ("application/json", "ce-subject: %C3%A4%20%22\r\n", &b"{\"n\":1}"[..], r#""subject":"ä \"","data":{"n":1}"#),
+        (
+            "text/plain",
+            "ce-sequence: 7\r\nce-traceparent: \"00 1\"\r\n",
+            b"a b",
+            r#""sequence":7,"traceparent":"00 1","data":"a b""#,
+        ),
+        ("image/png", "", b"\xff\0", r#""data_base64":"/wA=""#),
+    ];
+    for (n, (content_type, headers, body, members)) in events.into_iter().enumerate() {
+        let headers = format!("content-type: {content_type}\r\n{headers}");
+        let (status, answer) = binary(&format!("b{n}"), &headers, body);
+        assert_eq!(status, 200, "{answer}");
+        let json = format!(
+            r#"{{"specversion":"1.0","id":"j{n}","source":"s","type":"T","time":"2013-01-01T10:15:00Z","datacontenttype":"{content_type}",{members}}}"#
+        );
+        let answer = world.post("/events", "application/cloudevents+json", &json);
+        assert_eq!(answer.status, 200, "{}", answer.body);
+    }
+    for (headers, body, expected) in [
+        ("content-type: application/json\r\n", &b"{"[..], "the body is not JSON"),
+        ("ce-sequence: 1.5\r\n", b"", "\"sequence\" is \"1.5\""),
+        ("ce-my_own: 1\r\n", b"", "\"my_own\" has a name that is not valid"),
+    ] {
+        let (status, answer) = binary("refused", headers, body);
+        assert_eq!((status, message(&answer).contains(expected)), (400, true), "{answer}");
+    }
+    let events: Vec<Value> = world.ok(&["events"]).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(events.len(), 6);
+    let same = |event: &Value| {
+        let mut event = event.clone();
+        (event["id"], event["position"]) = (Value::Null, Value::Null);
+        event
+    };
+    for pair in events.chunks(2) {
+        assert_eq!(same(&pair[0]), same(&pair[1]));
+    }
+}

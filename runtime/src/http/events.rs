@@ -1,4 +1,4 @@
-//! `POST /events`: one CloudEvent or a batch, in one transaction.
+//! `POST /events`: one CloudEvent or a batch, in one transaction; or one in the binary mode, whose attributes are headers.
 
 use axum::Json;
 use axum::body::Bytes;
@@ -20,11 +20,11 @@ pub(super) async fn append(
     headers: HeaderMap,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, Failure> {
-    let batch = is_batch(&headers)?;
+    let form = Form::of(&headers)?;
     let body = body.map_err(|e| rejected(&e, app.runtime.config().http.max_body))?;
     let log = app.runtime.log().clone();
     let appended = tokio::task::spawn_blocking(move || {
-        let events = parse(&body, batch)?;
+        let events = parse(&body, form, &headers)?;
         log.append(events).map_err(|error| match error {
             log::Error::TooLarge { .. } | log::Error::Names { .. } => Failure::bad_request(error.to_string()),
             log::Error::Busy { .. } => Failure::new(StatusCode::SERVICE_UNAVAILABLE, "busy", error.to_string())
@@ -50,22 +50,40 @@ pub(super) async fn append(
     Ok((headers, Json(body)).into_response())
 }
 
-/// Whether the content type says one event, a batch, or leaves it to the first byte (None).
-fn is_batch(headers: &HeaderMap) -> Result<Option<bool>, Failure> {
-    let unsupported =
-        |message: String| Failure::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", message);
-    if let Some(encoding) = headers.get(CONTENT_ENCODING).filter(|e| *e != "identity") {
-        return Err(unsupported(format!("content-encoding {encoding:?} is not understood; send the events plain")));
-    }
-    let content_type = headers.get(CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or_default();
-    match content_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase().as_str() {
-        "application/cloudevents+json" => Ok(Some(false)),
-        "application/cloudevents-batch+json" => Ok(Some(true)),
-        "application/json" => Ok(None),
-        other => Err(unsupported(format!(
-            "content-type {other:?} is not understood; send application/cloudevents+json (one event), \
-             application/cloudevents-batch+json (an array) or application/json (either)"
-        ))),
+/// What the headers of the binary mode begin with.
+const ATTRIBUTE: &str = "ce-";
+
+/// How events are written in a request.
+#[derive(Clone, Copy)]
+enum Form {
+    One,
+    Batch,
+    /// The first byte says it.
+    Either,
+    Binary,
+}
+
+impl Form {
+    fn of(headers: &HeaderMap) -> Result<Form, Failure> {
+        let unsupported =
+            |message: String| Failure::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", message);
+        if let Some(encoding) = headers.get(CONTENT_ENCODING).filter(|e| *e != "identity") {
+            return Err(unsupported(format!("content-encoding {encoding:?} is not understood; send the events plain")));
+        }
+        let content_type = headers.get(CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or_default();
+        let binary = headers.keys().any(|name| name.as_str().starts_with(ATTRIBUTE));
+        match content_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase().as_str() {
+            // The attributes may be in headers too; the content type decides.
+            "application/cloudevents+json" => Ok(Form::One),
+            "application/cloudevents-batch+json" => Ok(Form::Batch),
+            other if binary && !other.starts_with("application/cloudevents") => Ok(Form::Binary),
+            "application/json" => Ok(Form::Either),
+            other => Err(unsupported(format!(
+                "content-type {other:?} is not understood; send application/cloudevents+json (one event), \
+                 application/cloudevents-batch+json (an array), application/json (either), or attributes as headers, like \
+                 ce-id: 1, with the data as the body"
+            ))),
+        }
     }
 }
 
@@ -82,11 +100,15 @@ fn rejected(rejection: &BytesRejection, max_body: usize) -> Failure {
     }
 }
 
-fn parse(body: &[u8], batch: Option<bool>) -> Result<Vec<NewEvent>, Failure> {
-    let batch = batch.unwrap_or_else(|| body.trim_ascii_start().starts_with(b"["));
-    if !batch {
-        let event = cloudevents::parse(body, None).map_err(|e| Failure::bad_request(e.to_string()))?;
-        return Ok(vec![event]);
+fn parse(body: &[u8], form: Form, headers: &HeaderMap) -> Result<Vec<NewEvent>, Failure> {
+    let one = match form {
+        Form::Binary => Some(binary(body, headers)),
+        Form::Either if body.trim_ascii_start().starts_with(b"[") => None,
+        Form::One | Form::Either => Some(cloudevents::parse(body, None)),
+        Form::Batch => None,
+    };
+    if let Some(event) = one {
+        return Ok(vec![event.map_err(|e| Failure::bad_request(e.to_string()))?]);
     }
     let events = cloudevents::split_batch(body).map_err(|e| Failure::bad_request(e.to_string()))?;
     let parsed = events.iter().enumerate().map(|(index, raw)| {
@@ -96,4 +118,12 @@ fn parse(body: &[u8], batch: Option<bool>) -> Result<Vec<NewEvent>, Failure> {
         })
     });
     parsed.collect()
+}
+
+fn binary(body: &[u8], headers: &HeaderMap) -> Result<NewEvent, cloudevents::Error> {
+    let attributes = headers.iter().filter_map(|(name, value)| {
+        let name = name.as_str().strip_prefix(ATTRIBUTE)?;
+        Some((name, value.as_bytes()))
+    });
+    cloudevents::parse_binary(attributes, headers.get(CONTENT_TYPE).map(HeaderValue::as_bytes), body)
 }

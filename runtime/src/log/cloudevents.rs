@@ -1,4 +1,4 @@
-//! CloudEvents 1.0 in JSON (structured mode), to and from [`NewEvent`].
+//! CloudEvents 1.0 in JSON (structured mode), to and from [`NewEvent`]; and from headers and a body (HTTP's binary mode).
 //!
 //! | attribute | becomes |
 //! | --- | --- |
@@ -6,14 +6,19 @@
 //! | `specversion` | must be `1.0` |
 //! | `time` | the time; now, if it is absent |
 //! | `subject` | the stream; empty if absent |
-//! | `sequence` | the version in the stream, if it is a whole number (or a string of digits); otherwise metadata |
+//! | `sequence` | the version in the stream: a whole number from 0, or a string of digits |
 //! | `data` | the payload: JSON as it is written, or the text itself if `datacontenttype` is not JSON |
 //! | `data_base64` | the payload's bytes |
 //! | `position`, `forgotten` if true | ignored, so that what `shadowbox events` prints can be appended to another log |
-//! | all others | metadata: one JSON object, in the order in which they came |
+//! | all others | metadata: one JSON object, in the order in which they came; names are of `a-z` and `0-9` |
 //!
 //! An attribute that is `null` counts as absent, as the specification wants it. Writing is the inverse: parsing what
-//! [`write()`] wrote gives the same [`NewEvent`].
+//! [`write()`] wrote gives the same [`NewEvent`]. Only events that were appended before names and `sequence` were looked at
+//! can have others: they are written as they are, and refused when they are to be appended again.
+//!
+//! In the binary mode an attribute is a header `ce-NAME`, whose value is text; `datacontenttype` is the header
+//! `content-type`, and the body is the data: JSON if that says so, or if nothing is said and it is JSON, else its bytes.
+//! The event is the same as one in JSON with these attributes.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -56,6 +61,57 @@ pub fn parse(json: &[u8], source: Option<&str>) -> Result<NewEvent, Error> {
     let written: Written<'_> =
         serde_json::from_str(json).map_err(|e| Error(format!("the event is not a JSON object: {e}")))?;
     written.into_event(source)
+}
+
+/// Reads one CloudEvent of HTTP's binary mode: `attributes` are the headers that began with `ce-`, without that.
+pub fn parse_binary<'a>(
+    attributes: impl Iterator<Item = (&'a str, &'a [u8])>,
+    content_type: Option<&[u8]>,
+    body: &[u8],
+) -> Result<NewEvent, Error> {
+    let mut texts = Vec::new();
+    for (name, value) in attributes {
+        if let "data" | "data_base64" | "datacontenttype" = name {
+            refuse!("header \"ce-{name}\" is none of the binary mode; the data is the body, its type in content-type");
+        }
+        texts.push((name, header_text(name, value)?));
+    }
+    let mut json = None;
+    if let Some(value) = content_type {
+        let Ok(text) = std::str::from_utf8(value) else {
+            refuse!("header \"content-type\" is {:?}, which is not text", String::from_utf8_lossy(value));
+        };
+        json = Some(is_json(text));
+        texts.push(("datacontenttype", text.to_owned()));
+    }
+    let raw: Vec<_> = texts.iter().map(|(_, text)| serde_json::to_string(text).expect("a string")).collect();
+    let mut written = Written::default();
+    for ((name, _), raw) in texts.iter().zip(&raw) {
+        written.set(Cow::Borrowed(*name), raw);
+    }
+    // JSON is taken as it would stand in JSON: without white space around it.
+    match serde_json::from_slice::<&RawValue>(body) {
+        _ if body.is_empty() || json == Some(false) => written.body = Some(body),
+        Ok(value) => written.data = Some(value.get()),
+        Err(e) if json == Some(true) => refuse!("the body is not JSON, as content-type says: {e}"),
+        Err(_) => written.body = Some(body),
+    }
+    written.into_event(None)
+}
+
+/// The text of a header, as the specification has it decoded: quotes, which former versions allowed, then percent signs.
+fn header_text(name: &str, value: &[u8]) -> Result<String, Error> {
+    let quoted = value.strip_prefix(b"\"").and_then(|v| v.strip_suffix(b"\""));
+    let unquoted = quoted.map(|inside| {
+        let mut bytes = inside.iter();
+        let taken = || bytes.next().and_then(|b| if *b == b'\\' { bytes.next() } else { Some(b) });
+        std::iter::from_fn(taken).copied().collect::<Vec<_>>()
+    });
+    let decoded: Vec<u8> = percent_encoding::percent_decode(unquoted.as_deref().unwrap_or(value)).collect();
+    String::from_utf8(decoded).map_err(|_| {
+        let value = String::from_utf8_lossy(value);
+        Error(format!("header \"ce-{name}\" is {:?}; decoded, it is not UTF-8", quote(&value)))
+    })
 }
 
 /// The values of a JSON array, which [`parse`] takes one by one.
@@ -155,6 +211,8 @@ struct Written<'a> {
     content_type: Option<&'a str>,
     data: Option<&'a str>,
     data_base64: Option<&'a str>,
+    /// In the binary mode, data that is not JSON.
+    body: Option<&'a [u8]>,
     others: Vec<(Cow<'a, str>, &'a str)>,
     /// The first attribute that came a second time. Which of the two is meant, nobody can know.
     twice: Option<String>,
@@ -249,6 +307,10 @@ impl<'a> Written<'a> {
             Some(other) => refuse!("specversion is {}; only \"1.0\" is understood", quote(other)),
             None => refuse!("attribute \"specversion\" is missing; write \"specversion\":\"1.0\""),
         }
+        let is_name = |name: &str| !name.is_empty() && name.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9'));
+        if let Some((name, _)) = self.others.iter().find(|(name, _)| !is_name(name)) {
+            refuse!("attribute {:?} has a name that is not valid; names are of a-z and 0-9 alone", quote(name));
+        }
         let id = required("id", self.id)?;
         let event_type = required("type", self.event_type)?;
         let source = match (self.source, default_source) {
@@ -266,16 +328,21 @@ impl<'a> Written<'a> {
             Some(raw) => string("time", raw)?.parse().map_err(|e| Error(format!("attribute \"time\": {e}")))?,
         };
         let stream = self.subject.map(|raw| string("subject", raw)).transpose()?.unwrap_or_default();
-        let (version, sequence) = match self.sequence.map(|raw| (raw, whole_number(raw))) {
-            None => (0, None),
-            Some((_, Some(version))) => (version, None),
-            Some((raw, None)) => (0, Some(raw)),
+        let version = match self.sequence.map(|raw| (raw, whole_number(raw))) {
+            None => 0,
+            Some((_, Some(version))) => version,
+            Some((raw, None)) => {
+                refuse!("attribute \"sequence\" is {}; it must be a whole number from 0, below 2^64", quote(raw))
+            }
         };
         let content_type = self.content_type.map(|raw| string("datacontenttype", raw)).transpose()?;
         let json = content_type.is_none_or(|c| is_json(&c));
         let event = NewEvent {
-            metadata: metadata(self.content_type, sequence, &self.others),
-            payload: payload(self.data, self.data_base64, json)?,
+            metadata: metadata(self.content_type, &self.others),
+            payload: match self.body {
+                Some(body) => body.to_vec(),
+                None => payload(self.data, self.data_base64, json)?,
+            },
             source,
             id: id.into_owned(),
             stream: stream.into_owned(),
@@ -349,7 +416,7 @@ fn payload(data: Option<&str>, base64: Option<&str>, json: bool) -> Result<Vec<u
     }
 }
 
-fn metadata(content_type: Option<&str>, sequence: Option<&str>, others: &[(Cow<'_, str>, &str)]) -> String {
+fn metadata(content_type: Option<&str>, others: &[(Cow<'_, str>, &str)]) -> String {
     let mut out = String::new();
     let mut add = |name: &str, raw: &str| {
         out.push(if out.is_empty() { '{' } else { ',' });
@@ -357,10 +424,8 @@ fn metadata(content_type: Option<&str>, sequence: Option<&str>, others: &[(Cow<'
         out.push(':');
         out.push_str(&compact(raw));
     };
-    for (name, raw) in [("datacontenttype", content_type), ("sequence", sequence)] {
-        if let Some(raw) = raw {
-            add(name, raw);
-        }
+    if let Some(raw) = content_type {
+        add("datacontenttype", raw);
     }
     for (name, raw) in others {
         add(name, raw);
@@ -422,9 +487,6 @@ mod tests {
         for (extra, version, metadata, payload) in [
             ("", 0, "", ""),
             (r#""sequence":"0042""#, 42, "", ""),
-            (r#""sequence":"a1""#, 0, r#"{"sequence":"a1"}"#, ""),
-            (r#""sequence":-1"#, 0, r#"{"sequence":-1}"#, ""),
-            (r#""sequence":"""#, 0, r#"{"sequence":""}"#, ""),
             (r#""data":null"#, 0, "", "null"),
             (r#""data":"x""#, 0, "", "\"x\""),
             ("\"data\":{\"a\":\n \"b \\\" c\"}", 0, "", r#"{"a":"b \" c"}"#),
@@ -472,6 +534,16 @@ mod tests {
             (r#""data":1,"data_base64":"""#, "both there"),
             (r#""data_base64":"%""#, "\"data_base64\" is not base64"),
             (r#""datacontenttype":1"#, "\"datacontenttype\" is 1"),
+            (r#""sequence":-1"#, "\"sequence\" is -1; it must be a whole number"),
+            (r#""sequence":1.5"#, "\"sequence\" is 1.5"),
+            (r#""sequence":"x""#, "\"sequence\" is \"x\""),
+            (r#""sequence":"""#, "\"sequence\" is \"\""),
+            (r#""sequence":true"#, "\"sequence\" is true"),
+            (r#""sequence":18446744073709551616"#, "\"sequence\" is 18446744073709551616"),
+            (r#""traceParent":"x""#, "\"traceParent\" has a name that is not valid; names are of a-z"),
+            (r#""Subject":"x""#, "\"Subject\" has a name"),
+            (r#""trace-parent":"x""#, "\"trace-parent\" has a name"),
+            (r#""":"x""#, "\"\" has a name"),
         ] {
             let error = check(extra).unwrap_err();
             assert!(error.contains(expected), "{extra}: {error}");
@@ -490,6 +562,83 @@ mod tests {
         let with = br#"{"specversion":"1.0","id":"1","type":"T","source":"users"}"#;
         assert_eq!(parse(with, Some("users")).unwrap().source, "users");
         assert!(parse(with, Some("orders")).unwrap_err().to_string().contains("source is \"users\""));
+    }
+
+    /// `headers` beside the required ones, `name: value`.
+    fn binary(content_type: Option<&str>, headers: &[&str], body: &[u8]) -> Result<NewEvent, String> {
+        let required = ["specversion: 1.0", "id: 1", "source: s", "type: T", "time: 2013-01-01T10:15:00Z"];
+        let headers = required.iter().chain(headers).map(|header| header.split_once(": ").unwrap());
+        let headers = headers.map(|(name, value)| (name, value.as_bytes()));
+        parse_binary(headers, content_type.map(str::as_bytes), body).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn headers_and_body_are_an_event() {
+        let json = Some("application/json; charset=utf-8");
+        let headers = [r#"subject: "o \"1%22""#, "sequence: 7", "traceparent: %c3%A9%20%2541"];
+        let event = binary(json, &headers, b" {\"a\" :\n 1} ").unwrap();
+        assert_eq!((event.stream.as_str(), event.version), ("o \"1\"", 7));
+        let metadata = r#"{"datacontenttype":"application/json; charset=utf-8","traceparent":"é %41"}"#;
+        assert_eq!(event.metadata, metadata);
+        assert_eq!(event.payload, br#"{"a":1}"#);
+        for (content_type, body, payload) in [
+            (json, &b""[..], &b""[..]),
+            (Some("application/x+json"), b"\"x\"", b"\"x\""),
+            (Some("text/plain"), b"a\nb", b"a\nb"),
+            (Some("text/plain"), b"{}", b"{}"),
+            (Some("image/png"), b"\xff\0", b"\xff\0"),
+            (Some("application/xml"), b"", b""),
+            (None, b"[1,\n2]", b"[1,2]"),
+            (None, b"\xff\n", b"\xff\n"),
+        ] {
+            assert_eq!(binary(content_type, &[], body).unwrap().payload, payload, "{content_type:?}");
+        }
+        for (headers, body, expected) in [
+            (&["id: 2"][..], &b"1"[..], "\"id\" is there twice"),
+            (&["sequence: -1"], b"1", "\"sequence\" is \"-1\""),
+            (&["trace-parent: x"], b"1", "\"trace-parent\" has a name"),
+            (&["subject: %ff"], b"1", "\"ce-subject\" is \"%ff\"; decoded, it is not UTF-8"),
+            (&["data_base64: x"], b"1", "\"ce-data_base64\" is none"),
+            (&[], b"{", "the body is not JSON"),
+            (&[], b"\"\xff\"", "the body is not JSON"),
+        ] {
+            let error = binary(json, headers, body).unwrap_err();
+            assert!(error.contains(expected), "{headers:?}: {error}");
+        }
+        let none = parse_binary([("id", &b"1"[..])].into_iter(), None, b"").unwrap_err();
+        assert!(none.to_string().contains("\"specversion\" is missing"), "{none}");
+    }
+
+    /// What a header has of a text, as the specification has it encoded.
+    fn encoded(text: &str) -> String {
+        let byte = |b| match b {
+            b'!' | b'#' | b'$' | b'&'..=b'~' => char::from(b).to_string(),
+            b => format!("%{b:02X}"),
+        };
+        text.bytes().map(byte).collect()
+    }
+
+    /// A content type, data as a member of JSON, and the same as a body.
+    fn data() -> impl Strategy<Value = (Option<&'static str>, String, Vec<u8>)> {
+        let json = prop_oneof![
+            any::<String>().prop_map(|s| serde_json::to_string(&s).unwrap()),
+            any::<i64>().prop_map(|n| n.to_string()),
+            Just("{\"a\" : [1,\n2.50,null]}".to_owned()),
+            Just("null".to_owned()),
+        ];
+        let json_type = prop_oneof![Just(None), Just(Some("application/json")), Just(Some("text/x+json; v=\"1\""))];
+        let other_type = || prop_oneof![Just(Some("text/plain")), Just(Some("image/png"))];
+        prop_oneof![
+            (json_type, json).prop_map(|(t, json)| (t, format!("\"data\":{json}"), json.into_bytes())),
+            (other_type(), any::<String>()).prop_map(|(t, text)| {
+                (t, format!("\"data\":{}", serde_json::to_string(&text).unwrap()), text.into_bytes())
+            }),
+            (other_type(), any::<Vec<u8>>()).prop_map(|(t, bytes)| (
+                t,
+                format!("\"data_base64\":\"{}\"", STANDARD.encode(&bytes)),
+                bytes
+            )),
+        ]
     }
 
     fn payloads() -> impl Strategy<Value = Vec<u8>> {
@@ -518,6 +667,32 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn an_event_is_the_same_in_both_modes(
+            names in (".+", ".+", ".+", ".*"),
+            sequence in any::<u64>(),
+            extensions in proptest::collection::btree_map("x[a-z0-9]{5,12}", any::<String>(), 0..3),
+            (content_type, member, body) in data(),
+        ) {
+            let (id, source, event_type, stream) = names;
+            let sequence = sequence.to_string();
+            let fixed = [
+                ("specversion", "1.0"), ("id", &id), ("source", &source), ("type", &event_type), ("subject", &stream),
+                ("time", "2013-01-01T10:15:00Z"), ("sequence", &sequence),
+            ];
+            let attributes: Vec<_> =
+                fixed.into_iter().chain(extensions.iter().map(|(name, value)| (name.as_str(), value.as_str()))).collect();
+            let headers: Vec<_> = attributes.iter().map(|(name, text)| (*name, encoded(text))).collect();
+            let headers = headers.iter().map(|(name, value)| (*name, value.as_bytes()));
+            let in_headers = parse_binary(headers, content_type.map(str::as_bytes), &body).unwrap();
+            let mut json = String::from("{");
+            for (name, text) in attributes.into_iter().chain(content_type.map(|t| ("datacontenttype", t))) {
+                json += &format!("\"{name}\":{},", serde_json::to_string(text).unwrap());
+            }
+            json += &format!("{member}}}");
+            prop_assert_eq!(in_headers, parse(json.as_bytes(), None).unwrap());
+        }
+
         #[test]
         fn parsing_what_was_written_gives_the_same_event(
             names in (".+", ".+", ".+", ".*"),
