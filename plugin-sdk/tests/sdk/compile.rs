@@ -23,3 +23,15 @@ fn mistakes_are_explained_and_the_template_compiles() {
     std::fs::write(&file, format!("{plugin}\nfn main() {{ {calls} }}\n")).unwrap();
     tests.pass(file);
 }
+
+/// A sum that wraps is a false total that nobody hears of.
+#[test]
+fn modules_are_built_with_checks_for_overflow() {
+    let template = include_str!("../../template/Cargo.toml.template");
+    let workspace = include_str!("../../../Cargo.toml");
+    for (manifest, profile) in [(template, "[profile.release]"), (workspace, "[profile.plugin]")] {
+        let (_, rest) = manifest.split_once(profile).unwrap();
+        let section = rest.split("\n[").next().unwrap();
+        assert!(section.lines().any(|line| line == "overflow-checks = true"), "{profile} has no checks for overflow");
+    }
+}
