@@ -57,6 +57,15 @@ impl<E: std::error::Error> From<E> for Error {
     }
 }
 
+/// A value in a message: its first characters, if it is long. What is refused may be a megabyte of text.
+pub(crate) fn quoted(text: &str) -> impl fmt::Display {
+    const CHARS: usize = 80;
+    fmt::from_fn(move |f| match text.char_indices().nth(CHARS) {
+        Some((end, _)) => write!(f, "{}…", &text[..end]),
+        None => f.write_str(text),
+    })
+}
+
 /// Returns an [`Error`] with a formatted message from the function around it.
 ///
 /// ```

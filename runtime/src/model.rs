@@ -6,6 +6,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
+use shadowbox_time::Civil;
 
 use crate::config::limits;
 
@@ -42,9 +43,13 @@ impl fmt::Display for Position {
     }
 }
 
-/// A point in time: microseconds since 1970-01-01T00:00:00Z. From year -9999 to 9999.
+/// A point in time: microseconds since 1970-01-01T00:00:00Z. From year -9999 to 9999; only logs that were written by an
+/// early version hold times before year 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Time(i64);
+
+/// -9999-01-01T00:00:00Z in microseconds.
+const YEAR_MINUS_9999: i64 = -377_705_116_800_000_000;
 
 impl Time {
     /// 1970-01-01T00:00:00Z.
@@ -57,7 +62,7 @@ impl Time {
 
     /// None outside of the years -9999 to 9999.
     pub fn from_microseconds(microseconds: i64) -> Option<Time> {
-        jiff::Timestamp::from_microsecond(microseconds).ok().map(|t| Time(t.as_microsecond()))
+        (YEAR_MINUS_9999..=shadowbox_time::LAST).contains(&microseconds).then_some(Time(microseconds))
     }
 
     /// Microseconds since 1970.
@@ -68,43 +73,53 @@ impl Time {
     /// Appends `2013-01-01T10:15:00.000000Z`: always 27 characters, so that text order is time order and prefixes
     /// compare as one expects (`departs_at >= '2013-01-05'`). Plugins' timestamps begin with the year 0.
     pub fn write_sortable(self, out: &mut String) {
-        let t = jiff::tz::Offset::UTC.to_datetime(self.timestamp());
-        let mut digits = |number: i32, width: u32, end: char| {
+        let t = shadowbox_time::civil(self.0);
+        let mut digits = |number: i64, width: u32, end: char| {
             for place in (0..width).rev() {
-                out.push((b'0' + (number / 10_i32.pow(place) % 10) as u8) as char);
+                out.push((b'0' + (number / 10_i64.pow(place) % 10) as u8) as char);
             }
             out.push(end);
         };
         // By hand instead of `write!`: commits do this for every row.
-        digits(t.year().max(0).into(), 4, '-');
-        digits(t.month().into(), 2, '-');
-        digits(t.day().into(), 2, 'T');
-        digits(t.hour().into(), 2, ':');
-        digits(t.minute().into(), 2, ':');
-        digits(t.second().into(), 2, '.');
-        digits(t.subsec_nanosecond() / 1_000, 6, 'Z');
-    }
-
-    fn timestamp(self) -> jiff::Timestamp {
-        jiff::Timestamp::from_microsecond(self.0).expect("checked by the constructors")
+        digits(t.year.max(0), 4, '-');
+        digits(t.month, 2, '-');
+        digits(t.day, 2, 'T');
+        digits(t.hour, 2, ':');
+        digits(t.minute, 2, ':');
+        digits(t.second, 2, '.');
+        digits(t.microsecond, 6, 'Z');
     }
 }
 
-/// RFC 3339, with as many digits of the second as it has.
+/// RFC 3339, with as many digits of the second as it has. A year before 0 has a sign and six digits.
 impl fmt::Display for Time {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.timestamp().fmt(f)
+        let Civil { year, month, day, hour, minute, second, microsecond } = shadowbox_time::civil(self.0);
+        match year {
+            0.. => write!(f, "{year:04}")?,
+            _ => write!(f, "{year:+07}")?,
+        }
+        write!(f, "-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}")?;
+        if microsecond > 0 {
+            write!(f, ".{}", format!("{microsecond:06}").trim_end_matches('0'))?;
+        }
+        f.write_str("Z")
     }
 }
 
 impl FromStr for Time {
     type Err = String;
 
-    /// RFC 3339. Digits beyond microseconds are cut off.
+    /// RFC 3339 and nothing else, in the years 0000 to 9999, as plugins read it: see [`shadowbox_time::parse`]. What is
+    /// finer than a microsecond is cut off, towards the past.
     fn from_str(text: &str) -> Result<Time, String> {
-        text.parse::<jiff::Timestamp>()
-            .map(|t| Time(t.as_microsecond()))
-            .map_err(|_| format!("{text:?} is not a time like 2013-01-01T10:15:00Z"))
+        shadowbox_time::parse(text).map(Time).ok_or_else(|| {
+            // It may be a megabyte of text.
+            let quoted = text.char_indices().nth(80).map_or(text.into(), |(end, _)| format!("{}…", &text[..end]));
+            format!(
+                "{quoted:?} is not a time like 2013-01-01T10:15:00Z (RFC 3339, with Z or an offset, years 0000 to 9999)"
+            )
+        })
     }
 }
 
@@ -227,9 +242,34 @@ mod tests {
     }
 
     #[test]
+    fn times_are_those_of_plugins() {
+        for (text, shown) in [
+            ("9999-12-31T23:59:59.999999Z", "9999-12-31T23:59:59.999999Z"),
+            ("0000-01-01T00:00:00Z", "0000-01-01T00:00:00Z"),
+            ("1969-12-31T23:59:59.9999999Z", "1969-12-31T23:59:59.999999Z"),
+            ("2024-01-01T00:00:00.1234567891Z", "2024-01-01T00:00:00.123456Z"),
+            ("2024-01-01t02:00:00.500+02:00", "2024-01-01T00:00:00.5Z"),
+        ] {
+            let time: Time = text.parse().unwrap();
+            assert_eq!(time.to_string(), shown);
+            assert_eq!(Time::from_microseconds(time.microseconds()), Some(time));
+        }
+        for text in ["2024-01-01 00:00:00Z", "2024-01-01T00:00Z", "20240101T000000Z", "2024-01-01T00:00:00Z[UTC]"] {
+            assert!(text.parse::<Time>().unwrap_err().contains("RFC 3339"), "{text}");
+        }
+        assert!("x".repeat(5_000).parse::<Time>().unwrap_err().len() < 300);
+        // Early logs may hold these.
+        assert_eq!(Time::from_microseconds(YEAR_MINUS_9999).unwrap().to_string(), "-009999-01-01T00:00:00Z");
+        assert_eq!(Time::from_microseconds(shadowbox_time::LAST + 1), None);
+        assert_eq!(Time::from_microseconds(YEAR_MINUS_9999 - 1), None);
+    }
+
+    #[test]
     fn sortable_times_sort_as_text() {
         let mut last = String::new();
-        for text in ["1969-12-31T23:59:59.5Z", "2013-01-01T10:15:00Z", "2013-01-01T10:15:00.000001Z"] {
+        for text in
+            ["1969-12-31T23:59:59.5Z", "2013-01-01T10:15:00Z", "2013-01-01T10:15:00.000001Z", "9999-12-31T23:59:59.9Z"]
+        {
             let mut sortable = String::new();
             text.parse::<Time>().unwrap().write_sortable(&mut sortable);
             assert!(last < sortable, "{last} < {sortable}");

@@ -215,7 +215,8 @@ fn bytes(text: &str) -> Option<Vec<u8>> {
 fn timestamp(text: &str) -> Option<String> {
     // A plus sign in a URL arrives as a space unless it is escaped.
     let text = if text.contains('T') { text.replace(' ', "+") } else { text.to_owned() };
-    let time = [text.clone(), format!("{text}Z"), format!("{text}T00:00:00Z")];
+    // Less than RFC 3339 wants, as people write it: no offset, no seconds, no time of day.
+    let time = [text.clone(), format!("{text}Z"), format!("{text}:00Z"), format!("{text}T00:00:00Z")];
     let time: Time = time.iter().find_map(|t| t.parse().ok())?;
     let mut sortable = String::with_capacity(27);
     time.write_sortable(&mut sortable);
@@ -500,6 +501,7 @@ mod tests {
             (Timestamp, "2013-01-01T10:15:00.5+02:00", text("2013-01-01T08:15:00.500000Z")),
             (Timestamp, "2013-01-01", text("2013-01-01T00:00:00.000000Z")),
             (Timestamp, "2013-01-01T10:15", text("2013-01-01T10:15:00.000000Z")),
+            (Timestamp, "9999-12-31", text("9999-12-31T00:00:00.000000Z")),
             (Timestamp, "yesterday", None),
             (Uuid, "67E5504410B1426F9247BB680E5FE0C8", text("67e55044-10b1-426f-9247-bb680e5fe0c8")),
             (Uuid, "67e5", None),
