@@ -7,7 +7,7 @@ use std::process::Command;
 
 use serde_json::Value;
 
-use crate::support::{World, event, module, moved, wait_for};
+use crate::support::{World, event, module, moved, patched, wait_for};
 
 /// `n` events on a few accounts.
 fn lines(from: i64, to: i64) -> Vec<String> {
@@ -386,4 +386,30 @@ fn a_reader_that_holds_a_snapshot_holds_up_no_swap_and_no_stop() {
     drop(held);
     world.start();
     check_rows(&world, 503);
+}
+
+#[test]
+fn views_of_a_module_for_another_contract_stay_readable() {
+    let mut world = world();
+    world.stop();
+    std::fs::remove_file(world.plugins().join("ledger.wasm")).unwrap();
+    let former = "SET manifest = replace(manifest, '\"contract\":\"0.1.0\"', '\"contract\":\"0.0.9\"')";
+    for (file, table) in
+        [(world.data().join("catalogue.sqlite"), "generations"), (view_file(&world), "_shadowbox_generation")]
+    {
+        let file = rusqlite::Connection::open(file).unwrap();
+        assert_eq!(file.execute(&format!("UPDATE {table} {former}"), []).unwrap(), 1);
+    }
+    // What such a module would say of itself when it is dropped.
+    world.drop_module("ledger", &patched(&module("ledger"), "0.1.0", "0.0.9"));
+    world.start();
+    assert_eq!(world.rows_at("ledger", "499").len(), 500);
+    let status = world.get("/status").json();
+    assert_eq!(status["projections"][0]["state"], "stopped");
+    assert_eq!(status["refused"][0]["file"], "ledger.wasm", "{status}");
+    // The module that was built again goes on from these rows.
+    world.drop_module("ledger", &module("ledger"));
+    world.append(&lines(500, 510));
+    check_rows(&world, 510);
+    assert_eq!(world.wait_live("ledger")["generation"], 1);
 }

@@ -154,8 +154,12 @@ macro_rules! ensure {
 }
 
 #[derive(Deserialize)]
-struct Written {
+struct Contract {
     contract: String,
+}
+
+#[derive(Deserialize)]
+struct Written {
     projection: String,
     version: u32,
     sources: Vec<WrittenSource>,
@@ -175,19 +179,22 @@ struct WrittenSource {
 impl Manifest {
     /// Reads and validates the JSON that a plugin's `describe` returned.
     pub fn parse(json: &str) -> Result<Manifest, Error> {
-        ensure!(
-            json.len() <= limits::MANIFEST_BYTES,
-            "the manifest is {} bytes long; the limit is {}",
-            json.len(),
-            limits::MANIFEST_BYTES
-        );
-        let written: Written =
+        check_length(json)?;
+        let contract: Contract =
             serde_json::from_str(json).map_err(|e| error(format!("the manifest is not valid: {e}")))?;
         ensure!(
-            written.contract == CONTRACT,
+            contract.contract == CONTRACT,
             "the manifest is written for contract {}; this runtime speaks {CONTRACT}; rebuild it with the SDK of this version",
-            written.contract
+            contract.contract
         );
+        Manifest::stored(json)
+    }
+
+    /// The same for one that was kept with a view: that can be read, whichever contract its module was written for.
+    pub fn stored(json: &str) -> Result<Manifest, Error> {
+        check_length(json)?;
+        let written: Written =
+            serde_json::from_str(json).map_err(|e| error(format!("the manifest is not valid: {e}")))?;
         name("projection", &written.projection, "-_")?;
         ensure!(written.version >= 1, "the projection's version is 0; begin with 1");
         let mut views: Vec<&str> = Vec::new();
@@ -229,6 +236,12 @@ impl Manifest {
     pub fn wants(&self, source: &str, event_type: &str) -> bool {
         self.sources.iter().any(|s| s.takes_source(source) && s.wants(event_type))
     }
+}
+
+fn check_length(json: &str) -> Result<(), Error> {
+    let (bytes, limit) = (json.len(), limits::MANIFEST_BYTES);
+    ensure!(bytes <= limit, "the manifest is {bytes} bytes long; the limit is {limit}");
+    Ok(())
 }
 
 /// Lower-case hexadecimal.

@@ -178,7 +178,7 @@ impl Catalogue {
                 "building" => Role::Building,
                 _ => Role::Former,
             };
-            let manifest = Manifest::parse(row.try_get(4)?).map_err(|e| sqlx::Error::Decode(e.into()))?;
+            let manifest = Manifest::stored(row.try_get(4)?).map_err(|e| sqlx::Error::Decode(e.into()))?;
             let file = self.file(&projection, number as u64);
             let module = row.try_get(3)?;
             let promoted = row.try_get::<Option<&str>, _>(5)?.map(str::parse).transpose();

@@ -96,7 +96,7 @@ impl Generation {
             connection.query_row(sql, [], |r| Ok((r.get(0)?, r.get(1)?))).map_err(failed)?;
         fail("generation.fenced", &connection).map_err(failed)?;
         let mismatch = |reason: String| Error::Mismatch { path: path.to_owned(), reason };
-        let stored = Manifest::parse(&stored).map_err(|e| mismatch(e.to_string()))?;
+        let stored = Manifest::stored(&stored).map_err(|e| mismatch(e.to_string()))?;
         if stored.views != manifest.views {
             return Err(mismatch("the columns, keys or indexes differ".into()));
         }
