@@ -513,9 +513,14 @@ fn what_a_kill_has_left_of_views_and_compiled_code_is_removed() {
     life.append();
     life.world.kill();
     std::fs::write(&orphan, "of a database that is gone").unwrap();
+    let catalogue = rusqlite::Connection::open(life.world.data().join("catalogue.sqlite")).unwrap();
+    catalogue.execute("UPDATE numbers SET last = 9", []).unwrap();
+    drop(catalogue);
+    let copy = life.world.data().join("views/ledger/copy of 1.sqlite");
+    std::fs::write(&copy, "somebody's own").unwrap();
     life.start();
     assert!(!orphan.exists());
-    assert_eq!(history::strays(&life.world.data()), Vec::<std::path::PathBuf>::new());
+    assert_eq!(history::strays(&life.world.data()), [copy]);
 }
 
 #[test]

@@ -485,6 +485,27 @@ mod tests {
     }
 
     #[test]
+    fn a_column_is_read_and_orders_once() {
+        let column = |name: &str| Column { name: name.into(), kind: ColumnType::Text, nullable: false };
+        let schema = ViewSchema {
+            name: "v".into(),
+            columns: vec![column("a"), column("b")],
+            key: vec!["a".into()],
+            indexes: Vec::new(),
+        };
+        let output = |n: usize| Output { name: format!("c{n}"), column: usize::from(!n.is_multiple_of(3)) };
+        let order = |n: usize| Order { column: 1, descending: n.is_multiple_of(2), nulls_first: false };
+        let select = Select {
+            columns: (0..3_000).map(output).collect(),
+            order: (0..3_000).map(order).collect(),
+            ..Select::all(&schema, 1)
+        };
+        assert_eq!(select.sources().1[..4], [0, 1, 1, 0]);
+        let sql = r#"SELECT "a", "b" FROM "v" ORDER BY "b" DESC, "a" LIMIT 1 OFFSET ?"#;
+        assert_eq!(select.rows_sql(&schema).0, sql);
+    }
+
+    #[test]
     fn literals_by_column_type() {
         use ColumnType::*;
         let text = |text: &str| Some(Literal::Text(text.into()));
