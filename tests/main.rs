@@ -22,6 +22,7 @@ mod rollback;
 mod sandbox;
 mod storage;
 mod support;
+mod terminal;
 mod tidy;
 mod torture;
 mod waiting;

@@ -144,11 +144,19 @@ pub mod limits {
     /// A pattern of `like` and `ilike`, bytes. Matching takes a step for each character of the text and each 64 of the
     /// pattern: the longest takes some 50 ms on a text of a megabyte.
     pub const PATTERN_BYTES: usize = 4 << 10;
+    /// Columns that one answer has, with their aliases, and terms of its order; SQLite takes 2,000.
+    pub const QUERY_TERMS: usize = 1_000;
     /// How long a reader's query may run, and how long it may wait for a connection. Beyond that it is a report, which
     /// belongs on the SQLite file itself.
     pub const QUERY_TIME: Duration = Duration::from_secs(10);
     /// An answer's rows, bytes. With all readers of a file busy, four times this is in memory.
     pub const ANSWER_BYTES: usize = 64 << 20;
+    /// Rows of a table that is drawn on a terminal: its widths need all of them, and nobody reads more.
+    pub const TABLE_ROWS: usize = 1_000;
+    /// The texts of such a table, bytes.
+    pub const TABLE_BYTES: usize = 1 << 20;
+    /// One of them, characters: ten lines of a terminal.
+    pub const TABLE_CELL: usize = 1_000;
     /// Events behind the head that still count as current in `/readyz` while a rebuild runs. Fewer than one batch has,
     /// so that a moment's work does not look like an outage.
     pub const READY_LAG: u64 = 1_000;

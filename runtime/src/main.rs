@@ -21,7 +21,8 @@ fn main() -> ExitCode {
         // Whoever read our output has had enough.
         Err(error) if is_closed_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("shadowbox: {error:#}");
+            // It may name what somebody else wrote.
+            eprintln!("shadowbox: {}", cli::text::lines(&format!("{error:#}")));
             failure
         }
     }

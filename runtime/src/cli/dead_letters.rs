@@ -10,8 +10,10 @@ use shadowbox::log::{EventLog, cloudevents};
 use shadowbox::supervisor::{PolicyStatus, replay};
 use shadowbox::view::{self, DeadLetter, GenerationRecord};
 
-use super::views::{live, table};
-use super::{Common, ask, lines, one_line, running, send};
+use super::table::table;
+use super::text::one_line;
+use super::views::live;
+use super::{Common, ask, running, send};
 
 #[derive(Args)]
 pub(super) struct Resume {
@@ -48,7 +50,7 @@ impl SetPolicy {
         };
         let PolicyStatus { policy, set, configured } = status;
         if self.json {
-            say!("{}", serde_json::to_string(&status)?);
+            say_json!("{}", serde_json::to_string(&status)?);
         } else if set {
             say!("{}: {policy}; it was set by a command, the configuration says {configured}", self.projection);
         } else {
@@ -151,7 +153,7 @@ impl List {
         let letters = view::DeadLetters::open(&generation(config, &self.projection).await?.file)?;
         let letters = letters.list(0, i64::MAX as u64)?;
         if self.json {
-            say!("{}", serde_json::to_string_pretty(&letters)?);
+            say_json!("{}", serde_json::to_string_pretty(&letters)?);
         } else if letters.is_empty() {
             say!("{} has no dead letters", self.projection);
         } else {
@@ -160,11 +162,11 @@ impl List {
                 table.add_row([
                     number.to_string(),
                     state.name().to_owned(),
-                    one_line(&event.source).into_owned(),
+                    event.source,
                     event.position.to_string(),
-                    one_line(&event.stream).into_owned(),
-                    one_line(&event.event_type).into_owned(),
-                    one_line(&event.id).into_owned(),
+                    event.stream,
+                    event.event_type,
+                    event.id,
                     // Others wait for the first one of their stream.
                     cause.map_or_else(String::new, |cause| short(&cause.message)),
                 ]);
@@ -181,8 +183,7 @@ const REASON: usize = 160;
 /// A message on one line, cut to what a table has room for.
 fn short(message: &str) -> String {
     let line = message.split_whitespace().collect::<Vec<_>>().join(" ");
-    let cut: String = line.chars().take(REASON).collect();
-    one_line(&cut).into_owned()
+    line.chars().take(REASON).collect()
 }
 
 impl Show {
@@ -192,7 +193,7 @@ impl Show {
             bail!("{} has no dead letter {}; see shadowbox dead-letters list", self.projection, self.number);
         };
         if self.json {
-            say!("{}", serde_json::to_string_pretty(&letter)?);
+            say_json!("{}", serde_json::to_string_pretty(&letter)?);
         } else {
             print(&letter)?;
         }
@@ -219,10 +220,10 @@ fn print(letter: &DeadLetter) -> Result<()> {
         return Ok(());
     };
     say!("  module   {}", cause.module_hash);
-    say!("  reason   {}", lines(&cause.message));
+    say!("  reason   {}", cause.message);
     for (what, text) in [("backtrace", &cause.backtrace), ("output", &cause.output)] {
         if let Some(text) = text {
-            say!("{what}:\n{}", lines(text));
+            say!("{what}:\n{}", text);
         }
     }
     Ok(())
@@ -269,7 +270,7 @@ impl Treat {
         let url = format!("{}/projections/{}/dead-letters/{what}", running(config)?, self.projection);
         let outcome: Value = send("POST", &url, Some(&selector))?;
         if self.json {
-            say!("{}", serde_json::to_string_pretty(&outcome)?);
+            say_json!("{}", serde_json::to_string_pretty(&outcome)?);
         } else {
             match what {
                 "retry" => say!("applied {}", outcome["applied"]),

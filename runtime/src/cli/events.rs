@@ -15,8 +15,9 @@ use shadowbox::log::interleave::{Disorder, Interleave};
 use shadowbox::log::{EventLog, Filter, cloudevents};
 use shadowbox::model::{NewEvent, Position, Time};
 
-use super::views::table;
-use super::{Common, one_line};
+use super::Common;
+use super::table::table;
+use super::text::{in_json, lines, one_line};
 
 #[derive(Args)]
 pub(super) struct Append {
@@ -51,7 +52,7 @@ impl Append {
         let log = EventLog::open(&config.data)?;
         let imported = import(&log, &self.files, self.source.as_deref(), order);
         for note in &imported.notes {
-            eprintln!("shadowbox: note: {note}");
+            eprintln!("shadowbox: note: {}", lines(note));
         }
         // What was appended before an error is told, too: it is kept.
         let Imported { appended, already, positions, failed, .. } = imported;
@@ -61,7 +62,7 @@ impl Append {
                 "appended": appended, "duplicates": already,
                 "first_position": first, "last_position": last, "position": last,
             });
-            say!("{answer}");
+            say_json!("{answer}");
         } else {
             say!("appended {appended} events; {already} were there already");
             if let Some((first, last)) = positions {
@@ -360,6 +361,7 @@ impl Events {
         let mut left = limit.unwrap_or(usize::MAX);
         let mut out = BufWriter::new(std::io::stdout().lock());
         let mut line = Vec::new();
+        let terminal = std::io::stdout().is_terminal();
         loop {
             let end = head.borrow_and_update().next;
             while left > 0 && next < end {
@@ -373,6 +375,9 @@ impl Events {
                     count += 1;
                     line.clear();
                     cloudevents::write(&event, &mut line);
+                    if terminal {
+                        line = in_json(&String::from_utf8_lossy(&line)).into_owned().into_bytes();
+                    }
                     line.push(b'\n');
                     if written.is_ok() {
                         written = out.write_all(&line);
@@ -408,7 +413,7 @@ impl Log {
         if self.json {
             let mut all = serde_json::to_value(&log)?;
             all["forgettings"] = serde_json::to_value(&forgettings)?;
-            say!("{}", serde_json::to_string_pretty(&all)?);
+            say_json!("{}", serde_json::to_string_pretty(&all)?);
             return Ok(());
         }
         let mut table = table(&["", "events", "bytes"]);

@@ -7,8 +7,9 @@ use shadowbox::config::Config;
 use shadowbox::log::{EventLog, Request};
 use shadowbox::supervisor::{Forgotten, holding};
 
+use super::text::one_line;
 use super::views::live;
-use super::{Common, ask, one_line, running, send};
+use super::{Common, ask, running, send};
 
 #[derive(Args)]
 #[command(after_help = "\
@@ -59,7 +60,7 @@ impl Forget {
             }
         };
         if json {
-            say!("{}", serde_json::to_string_pretty(&done)?);
+            say_json!("{}", serde_json::to_string_pretty(&done)?);
             return Ok(());
         }
         match &done["forgetting"] {
@@ -111,7 +112,7 @@ impl Promote {
         let answer: Value = ask("POST", &format!("{}/projections/{}/{what}", running(&config)?, self.projection))?;
         ensure!(answer["generation"].is_u64(), "the runtime did not answer as expected: {answer}");
         if self.json {
-            say!("{answer}");
+            say_json!("{answer}");
         } else {
             say!("generation {} of {} {done}", answer["generation"], self.projection);
         }

@@ -1,10 +1,19 @@
 //! The commands, as `--help` shows them.
 
-/// `println!`, but a reader that has had enough (`| head`) or a full disk is an error and no panic.
+/// `println!`, but a reader that has had enough (`| head`) or a full disk is an error and no panic. What it prints may have
+/// text of somebody else in it, so control characters are shown, see [`text::lines`].
 macro_rules! say {
     ($($argument:tt)*) => {{
         use std::io::Write as _;
-        writeln!(std::io::stdout(), $($argument)*)?
+        writeln!(std::io::stdout(), "{}", $crate::cli::text::lines(&format!($($argument)*)))?
+    }};
+}
+
+/// The same for JSON, which stays JSON.
+macro_rules! say_json {
+    ($($argument:tt)*) => {{
+        use std::io::Write as _;
+        writeln!(std::io::stdout(), "{}", $crate::cli::text::in_json(&format!($($argument)*)))?
     }};
 }
 
@@ -15,9 +24,10 @@ mod forget;
 mod plugin;
 mod proof;
 mod serve;
+mod table;
+pub(crate) mod text;
 mod views;
 
-use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -171,7 +181,7 @@ pub(crate) fn log_to_stderr(cli: &Cli) {
     let terminal = std::io::IsTerminal::is_terminal(&std::io::stderr());
     match &cli.command {
         Command::Run(run) if run.json => log.json().init(),
-        _ => log.with_ansi(terminal).init(),
+        _ => log.fmt_fields(text::log_fields()).with_ansi(terminal).init(),
     }
 }
 
@@ -201,28 +211,6 @@ impl Common {
         );
         Ok(config)
     }
-}
-
-/// Text of somebody else for one line of a terminal. A control character in it, C0 or C1, could move the cursor or
-/// change colours, so it is shown as Rust writes it.
-fn one_line(text: &str) -> Cow<'_, str> {
-    escape(text, char::is_control)
-}
-
-/// The same for text of several lines.
-fn lines(text: &str) -> Cow<'_, str> {
-    escape(text, |c| c.is_control() && c != '\n' && c != '\t')
-}
-
-fn escape(text: &str, escaped: impl Fn(char) -> bool) -> Cow<'_, str> {
-    if !text.contains(&escaped) {
-        return Cow::Borrowed(text);
-    }
-    let mut out = String::with_capacity(text.len() + 16);
-    for c in text.chars() {
-        if escaped(c) { out.extend(c.escape_default()) } else { out.push(c) }
-    }
-    Cow::Owned(out)
 }
 
 /// The address of the runtime that runs on this data.
@@ -256,17 +244,4 @@ fn send<T: serde::de::DeserializeOwned>(method: &str, url: &str, body: Option<&s
         anyhow::bail!("{}", error["message"].as_str().unwrap_or(&body));
     }
     serde_json::from_str(&body).with_context(|| format!("{url} did not answer as expected"))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn control_characters_reach_no_terminal() {
-        let text = "a\u{1b}[31m\tb\nc\u{9b}2J\u{7f} é\u{301}";
-        assert_eq!(one_line(text), "a\\u{1b}[31m\\tb\\nc\\u{9b}2J\\u{7f} é\u{301}");
-        assert_eq!(lines(text), "a\\u{1b}[31m\tb\nc\\u{9b}2J\\u{7f} é\u{301}");
-        assert!(matches!(one_line("plain"), Cow::Borrowed("plain")));
-    }
 }

@@ -106,7 +106,7 @@ impl Check {
         let (manifest, hash) = checked.with_context(|| format!("{} would be refused", self.file.display()))?;
         if self.json {
             let written: serde_json::Value = serde_json::from_str(&manifest.json)?;
-            say!("{}", serde_json::to_string_pretty(&json!({ "module_hash": hash, "manifest": written }))?);
+            say_json!("{}", serde_json::to_string_pretty(&json!({ "module_hash": hash, "manifest": written }))?);
         } else {
             print(&manifest, &hash)?;
         }

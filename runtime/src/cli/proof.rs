@@ -67,7 +67,7 @@ impl Verify {
         let request = VerifyRequest { projection: self.projection, at: self.at, seed };
         let verified = proof::verify(&config, request, watch()?).await?;
         if self.json {
-            say!("{}", serde_json::to_string_pretty(&verified)?);
+            say_json!("{}", serde_json::to_string_pretty(&verified)?);
         } else {
             print_verified(&verified)?;
         }
@@ -81,7 +81,7 @@ impl Plan {
         let request = PlanRequest { file: self.file, last: self.last };
         let planned = proof::plan(&config, request, watch()?).await?;
         if self.json {
-            say!("{}", serde_json::to_string_pretty(&planned)?);
+            say_json!("{}", serde_json::to_string_pretty(&planned)?);
         } else {
             print_planned(&planned)?;
         }
@@ -187,7 +187,7 @@ fn print_events(row: &Differing) -> Result<()> {
         (changes, shown) => {
             let all = if changes > shown { format!("{} events, the last", count(changes)) } else { "".into() };
             let name =
-                |e: &EventName| format!("{} {:?} of source {:?} at {}", e.event_type, e.id, e.source, e.position);
+                |e: &EventName| format!("{:?} {:?} of source {:?} at {}", e.event_type, e.id, e.source, e.position);
             let names = row.events.iter().map(name);
             say!(
                 "      changed by {all}{}{}",

@@ -1,15 +1,15 @@
 //! `shadowbox status`, `query`, `rebuild` and `rollback`.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::time::Duration;
 
 use anyhow::{Result, bail};
 use clap::Args;
-use comfy_table::{ContentArrangement, Table, presets};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
-use shadowbox::config::Config;
+use shadowbox::config::{Config, limits};
 use shadowbox::log::EventLog;
 use shadowbox::supervisor::{
     GenerationStatus, LogStatus, MadeFrom, ProjectionState, ProjectionStatus, Status as Snapshot, made_from,
@@ -18,18 +18,9 @@ use shadowbox::view::{
     Catalogue, DeadLetters, Error, GenerationRecord, LetterCounts, ProjectionRecord, Role, mark, readers, render, sql,
 };
 
-use super::{Common, Format, ask, lines, one_line, running};
-
-/// What a terminal usually has.
-const WIDTH: u16 = 100;
-
-/// A table for people.
-pub(super) fn table(header: &[&str]) -> Table {
-    let mut table = Table::new();
-    table.load_preset(presets::UTF8_BORDERS_ONLY).set_content_arrangement(ContentArrangement::Dynamic).set_width(WIDTH);
-    table.set_header(header);
-    table
-}
+use super::table::{Table, line, table};
+use super::text::{in_json, lines, one_line};
+use super::{Common, Format, ask, running};
 
 #[derive(Args)]
 pub(super) struct Status {
@@ -44,12 +35,12 @@ impl Status {
         let status = match running(&config) {
             Ok(address) => ask("GET", &format!("{address}/status"))?,
             Err(why) => {
-                eprintln!("{why}");
+                eprintln!("{}", lines(&why.to_string()));
                 at_rest(&config).await?
             }
         };
         if self.json {
-            say!("{}", serde_json::to_string_pretty(&status)?);
+            say_json!("{}", serde_json::to_string_pretty(&status)?);
         } else {
             print(&status)?;
         }
@@ -148,7 +139,7 @@ fn print(status: &Snapshot) -> Result<()> {
         ),
     }
     if let Some(error) = &status.log.error {
-        say!("{}", lines(error));
+        say!("{error}");
     }
     if status.projections.is_empty() {
         say!("no projections; drop a module into the plugin folder of a running shadowbox");
@@ -164,10 +155,10 @@ fn print(status: &Snapshot) -> Result<()> {
     }
     for p in status.projections.iter() {
         if let Some(error) = &p.live.error {
-            say!("{}: {}", p.name, lines(error));
+            say!("{}: {}", p.name, error);
         }
         if let Some(waits) = &p.waits {
-            say!("{}: {}", p.name, lines(waits));
+            say!("{}: {}", p.name, waits);
         }
         let MadeFrom { forgotten, complete_from, damaged } = &p.live.made_from;
         if let Some(number) = forgotten {
@@ -188,7 +179,7 @@ fn print(status: &Snapshot) -> Result<()> {
             );
         }
         if let Some(backtrace) = p.live.fault.as_ref().and_then(|fault| fault.cause.backtrace.as_ref()) {
-            say!("{}", lines(backtrace));
+            say!("{backtrace}");
         }
         let LetterCounts { parked, skipped } = p.live.dead_letters;
         if parked + skipped > 0 {
@@ -196,7 +187,7 @@ fn print(status: &Snapshot) -> Result<()> {
         }
     }
     for refused in &status.refused {
-        say!("{} is refused: {}", one_line(&refused.file), lines(&refused.reason));
+        say!("{} is refused: {}", one_line(&refused.file), refused.reason);
     }
     Ok(())
 }
@@ -257,21 +248,31 @@ impl Query {
     }
 }
 
-/// Runs SQL over the live views and prints the rows.
+/// Runs SQL over the live views and prints the rows. Only a table that is drawn needs them all at once, and is bounded.
 pub(super) async fn query(config: &Config, statement: &str, format: Format) -> Result<()> {
+    let terminal = std::io::stdout().is_terminal();
     let mut out = std::io::BufWriter::new(std::io::stdout());
-    let mut shown = Table::new();
+    let mut drawn = table(&[]);
     let mut json = render::JsonRows::new([]);
-    let (mut rows, mut bytes) = (0, Vec::new());
-    sql::query(&live(config).await?, statement, |part| {
+    let (mut rows, mut size, mut cut, mut bytes) = (0, 0, false, Vec::new());
+    let done = sql::query(&live(config).await?, statement, |part| {
         bytes.clear();
         match (format, part) {
-            (Format::Table, sql::Part::Columns(names)) => {
-                let names: Vec<_> = names.into_iter().map(one_line).collect();
-                shown = table(&names.iter().map(|name| &**name).collect::<Vec<_>>());
+            (Format::Table, sql::Part::Columns(names)) if terminal => drawn = table(&names),
+            (Format::Table, sql::Part::Row(values)) if terminal => {
+                let cells: Vec<_> = values.iter().map(|value| shortened(render::text(None, *value))).collect();
+                size += cells.iter().map(|cell| cell.len()).sum::<usize>();
+                rows += 1;
+                cut = rows > limits::TABLE_ROWS || size > limits::TABLE_BYTES;
+                if cut {
+                    return Err(readers::Error::TooLarge);
+                }
+                drawn.add_row(cells);
             }
+            (Format::Table, sql::Part::Columns(names)) => bytes.extend_from_slice((line(names) + "\n").as_bytes()),
             (Format::Table, sql::Part::Row(values)) => {
-                shown.add_row(values.iter().map(|value| one_line(&render::text(None, *value)).into_owned()));
+                let cells = values.iter().map(|value| render::text(None, *value));
+                bytes.extend_from_slice((line(cells) + "\n").as_bytes());
             }
             (Format::Json, sql::Part::Columns(names)) => {
                 json = render::JsonRows::new(names.iter().map(|name| (*name, None)));
@@ -280,20 +281,46 @@ pub(super) async fn query(config: &Config, statement: &str, format: Format) -> R
                 bytes.extend_from_slice(if rows == 0 { b"[" } else { b",\n " });
                 json.write(values, &mut bytes);
                 rows += 1;
+                if terminal {
+                    bytes = in_json(&String::from_utf8_lossy(&bytes)).into_owned().into_bytes();
+                }
             }
-            (Format::Csv, sql::Part::Columns(names)) => render::write_csv(names, &mut bytes),
+            (Format::Csv, sql::Part::Columns(names)) => {
+                render::write_csv(names.into_iter().map(|name| cell(name, terminal)), &mut bytes)
+            }
             (Format::Csv, sql::Part::Row(values)) => {
-                render::write_csv(values.iter().map(|value| render::text(None, *value)), &mut bytes);
+                let texts: Vec<_> = values.iter().map(|value| render::text(None, *value)).collect();
+                render::write_csv(texts.iter().map(|text| cell(text, terminal)), &mut bytes);
             }
         }
         out.write_all(&bytes).map_err(readers::Error::Output)
-    })?;
+    });
+    // Where the table is cut, that is the error.
+    done.or_else(|error| if cut { Ok(()) } else { Err(error) })?;
     match format {
-        Format::Table => writeln!(out, "{shown}")?,
+        Format::Table if terminal => writeln!(out, "{drawn}")?,
         Format::Json => writeln!(out, "{}", if rows == 0 { "[]" } else { "]" })?,
-        Format::Csv => {}
+        Format::Table | Format::Csv => {}
     }
-    Ok(out.flush()?)
+    out.flush()?;
+    if cut {
+        let shown = rows - 1;
+        eprintln!("the table is cut after {shown} rows; say limit, or --format csv or json, which have all of them");
+    }
+    Ok(())
+}
+
+/// What a drawn table has room for of a value.
+fn shortened(text: Cow<'_, str>) -> Cow<'_, str> {
+    match text.char_indices().nth(limits::TABLE_CELL) {
+        Some((end, _)) => Cow::Owned(format!("{}…", &text[..end])),
+        None => text,
+    }
+}
+
+/// Files and programs get what is stored.
+fn cell(text: &str, terminal: bool) -> Cow<'_, str> {
+    if terminal { one_line(text) } else { Cow::Borrowed(text) }
 }
 
 #[derive(Args)]
@@ -324,7 +351,7 @@ impl Rebuild {
         }
         let done = if self.wait { "is live" } else { "is being built" };
         if self.json {
-            say!("{}", json!({ "projection": self.projection, "generation": generation, "live": self.wait }));
+            say_json!("{}", json!({ "projection": self.projection, "generation": generation, "live": self.wait }));
         } else {
             say!("generation {generation} of {} {done}", self.projection);
         }
@@ -356,7 +383,7 @@ impl Rollback {
         }
         let done = if self.wait { "is live again" } else { "is catching up" };
         if self.json {
-            say!("{}", json!({ "projection": self.projection, "generation": generation, "live": self.wait }));
+            say_json!("{}", json!({ "projection": self.projection, "generation": generation, "live": self.wait }));
         } else {
             say!("generation {generation} of {} {done}", self.projection);
         }

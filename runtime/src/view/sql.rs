@@ -7,6 +7,7 @@ use std::path::Path;
 
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use rusqlite::Connection;
+use rusqlite::hooks::{AuthAction, AuthContext, Authorization};
 
 use super::GenerationRecord;
 use super::query::Arguments;
@@ -48,11 +49,29 @@ pub fn query(
     }
     // The files are attached read-only anyway; this is for the in-memory database, where a table would vanish unseen.
     connection.pragma_update(None, "query_only", true)?;
+    connection.authorizer(Some(authorize))?;
     let mut statement = connection.prepare(sql).map_err(|error| explain(Error::from(error), live))?;
     each(Part::Columns(statement.column_names()))?;
     let rows = each_row(&mut statement, Arguments::new(), &mut |row| each(Part::Row(row)));
     rows.map_err(|error| explain(error, live))
 }
+
+/// A query reads, and nothing else: `attach` and `vacuum into` would make files whatever is read-only.
+fn authorize(context: AuthContext<'_>) -> Authorization {
+    match context.action {
+        AuthAction::Select | AuthAction::Read { .. } | AuthAction::Function { .. } | AuthAction::Recursive => {
+            Authorization::Allow
+        }
+        // What pragma_table_info('view') and the like ask; without a value they change nothing.
+        AuthAction::Pragma { pragma_name, .. } if TELLING.contains(&pragma_name) => Authorization::Allow,
+        // A virtual table of SQLite's own, as these pragmas are: declaring it is making a table.
+        _ => Authorization::Deny,
+    }
+}
+
+/// Pragmas that tell about tables.
+const TELLING: &[&str] =
+    &["table_info", "table_xinfo", "table_list", "index_list", "index_info", "index_xinfo", "database_list"];
 
 fn attach(connection: &Connection, generation: &GenerationRecord) -> Result<(), Error> {
     let alias = match generation.projection.as_str() {
@@ -81,7 +100,10 @@ fn explain(error: Error, live: &[GenerationRecord]) -> Error {
             if let Some(table) = message.split("no such table: ").nth(1) {
                 return Error::Refused(format!("there is no view {table:?}; {}", list(live)));
             }
-            if message.contains("readonly database") {
+            if message.contains("readonly database")
+                || message.contains("not authorized")
+                || message.contains("authorization denied")
+            {
                 return Error::Refused("queries are read-only; views change only by events".into());
             }
             Error::Refused(message)
@@ -213,6 +235,10 @@ mod tests {
             ("select x from flights", "no such column: x"),
             ("delete from flights", "queries are read-only"),
             ("create table t (x)", "queries are read-only"),
+            ("create temp table t (x)", "queries are read-only"),
+            ("pragma query_only = off", "queries are read-only"),
+            ("pragma user_version = 1", "queries are read-only"),
+            ("begin immediate", "queries are read-only"),
             ("select 1; select 2", "only one statement"),
             ("selec", "syntax error"),
         ] {
@@ -220,6 +246,40 @@ mod tests {
             assert!(error.contains(expected), "{sql}: {error}");
         }
         assert!(run(&[], "select * from x").unwrap_err().contains("there are no views yet"));
+    }
+
+    #[test]
+    fn no_statement_makes_a_file_and_tables_can_be_told_about() {
+        let folder = tempfile::tempdir().unwrap();
+        let generations = [live(folder.path(), "main", "flights", "('UA', 3)")];
+        let file = folder.path().join("made.sqlite");
+        let file = file.to_str().unwrap();
+        for sql in [
+            format!("attach '{file}' as made"),
+            format!("attach database ('{file}') as made"),
+            format!("attach 'file:{file}?mode=rwc' as made"),
+            format!("vacuum into '{file}'"),
+            format!("vacuum main into '{file}'"),
+            "detach main".into(),
+        ] {
+            let error = run(&generations, &sql).unwrap_err();
+            assert!(error.contains("queries are read-only"), "{sql}: {error}");
+            assert!(!Path::new(file).exists(), "{sql}");
+        }
+        for (sql, expected) in [
+            ("select name from pragma_table_info('flights') where 'flights' <> ''", "name"),
+            (
+                "with recursive n(i) as (select 1 union all select i + 1 from n limit 2) select i from n",
+                "i [Integer(1)]",
+            ),
+            ("select k from (values (1)), flights group by k having count(*) > 0 order by k", "k [Text(\"UA\")]"),
+            ("select value from json_each('[7]')", "value [Integer(7)]"),
+            ("explain query plan select * from flights", "id,"),
+            ("pragma database_list", "seq,"),
+        ] {
+            let found = run(&generations, sql);
+            assert!(found.as_ref().is_ok_and(|found| found.starts_with(expected)), "{sql}: {found:?}");
+        }
     }
 
     #[test]
