@@ -136,3 +136,38 @@ fn an_event_of_the_binary_mode_is_the_same_as_in_json() {
         assert_eq!(same(&pair[0]), same(&pair[1]));
     }
 }
+
+#[test]
+fn what_is_no_http_is_answered_in_our_words() {
+    let mut world = World::new();
+    world.start();
+    let long = format!("GET /{} HTTP/1.1\r\nhost: localhost\r\n\r\n", "x".repeat(70_000));
+    let wide = format!("GET / HTTP/1.1\r\nhost: localhost\r\n{}\r\n", "x: y\r\n".repeat(200));
+    for (request, status, expected) in [
+        ("GET /views/v?a=in.(\"b\") HTTP/1.1\r\nhost: localhost\r\n\r\n", 400, "%22"),
+        ("GET /views/v?a=eq.<b> HTTP/1.1\r\nhost: localhost\r\n\r\n", 400, "%3C"),
+        ("GET / HTTP/1.1\r\nhost localhost\r\n\r\n", 400, "not valid HTTP"),
+        (&long, 414, "65,534"),
+        (&wide, 431, "headers"),
+    ] {
+        let (found, body) = raw(&world, request.as_bytes());
+        assert_eq!(found, status, "{body}");
+        assert!(message(&body).contains(expected), "{body}");
+    }
+    // After another answer on the same connection, too.
+    let request = "GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n";
+    let mut stream = TcpStream::connect(world.url("").strip_prefix("http://").unwrap()).unwrap();
+    stream.set_read_timeout(Some(std::time::Duration::from_secs(30))).unwrap();
+    stream.write_all(request.as_bytes()).unwrap();
+    let mut answers = Vec::new();
+    while !answers.ends_with(b"true}") {
+        let mut bytes = [0; 1024];
+        let n = stream.read(&mut bytes).unwrap();
+        answers.extend_from_slice(&bytes[..n]);
+    }
+    stream.write_all(request.replace("/healthz", "/healthz?\"").as_bytes()).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    assert!(head.starts_with("HTTP/1.1 400") && message(body).contains("%22"), "{answer}");
+}

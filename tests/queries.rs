@@ -63,6 +63,14 @@ fn mistakes_are_named_with_what_would_be_right() {
         ("/views/ledger?limit=many", 400, "many"),
         ("/views/ledger?select=nothing", 400, "nothing"),
         ("/views/ledger?order=account.upwards", 400, "upwards"),
+        ("/views/ledger?account=eq.%ff", 400, "not UTF-8"),
+        ("/views/ledger?%ff=eq.1", 400, "not UTF-8"),
+        ("/views/ledger?account=%22%3C", 400, "write account=eq.%22%3C"),
+        ("/views/%ff", 400, "/views/%ff"),
+        ("/projections/%ff", 400, "/projections/%ff"),
+        ("/projections/ledger/dead-letters/-1", 400, "dead-letters/-1"),
+        ("/projections/ledger/dead-letters/x", 400, "dead-letters/x"),
+        ("/projections/ledger/dead-letters?after=%ff", 400, ""),
         ("/nothing", 404, "GET / lists"),
         ("/projections/nobody", 404, "there are: ledger"),
     ] {
@@ -73,6 +81,36 @@ fn mistakes_are_named_with_what_would_be_right() {
     }
     assert_eq!(world.post("/views", ONE, "").status, 405);
     assert_eq!(world.get_with("/views/ledger", &[("accept", "image/png")]).status, 406);
+}
+
+#[test]
+fn queries_at_the_limits_work_and_beyond_them_are_refused() {
+    use shadowbox::config::limits::{PATTERN_BYTES, QUERY_FILTERS, QUERY_TERMS};
+    let world = ledger();
+    let conditions = |n: usize| vec!["amount=not.lt.40"; n].join("&");
+    let lists = |n: usize| vec!["amount=in.(40)"; n].join("&");
+    let order = |n: usize| format!("amount=eq.40&order={}", vec!["events.desc.nullsfirst"; n].join(","));
+    let select = |n: usize| {
+        let names = (1..n).map(|i| format!("a{i}:account"));
+        format!("amount=eq.40&select=account,{}", names.collect::<Vec<_>>().join(","))
+    };
+    let like = |n: usize| format!("amount=eq.40&account=not.like.{}", "[".repeat(n));
+    let ilike = |n: usize| format!("amount=eq.40&account=not.ilike.{}", "%5c%25".repeat(n / 2) + &"a".repeat(n % 2));
+    for (query, limit) in [
+        (&conditions as &dyn Fn(usize) -> String, QUERY_FILTERS),
+        (&lists, QUERY_FILTERS),
+        (&order, QUERY_TERMS),
+        (&select, QUERY_TERMS),
+        (&like, PATTERN_BYTES),
+        (&ilike, PATTERN_BYTES / 2),
+    ] {
+        assert_eq!(accounts(&world, &query(limit)), "e");
+        if limit != PATTERN_BYTES / 2 {
+            let answer = world.get(&format!("/views/ledger?{}", query(limit + 1)));
+            assert_eq!((answer.status, &answer.json()["error"]), (400, &json!("bad_request")), "{}", answer.body);
+            assert!(answer.body.contains(&limit.to_string()), "{}", answer.body);
+        }
+    }
 }
 
 #[test]

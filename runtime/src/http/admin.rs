@@ -1,8 +1,8 @@
 //! What an operator and a load balancer ask: status, health, rebuild.
 
 use axum::Json;
+use axum::extract::State;
 use axum::extract::rejection::JsonRejection;
-use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use axum::http::header::LOCATION;
 use axum::response::{IntoResponse, Response};
@@ -10,7 +10,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::App;
-use super::answer::Failure;
+use super::answer::{Failure, Path};
 use crate::config::limits;
 use crate::log::{self, Forgetting};
 use crate::supervisor::{Error, Forgotten, ProjectionState, ProjectionStatus, Status};

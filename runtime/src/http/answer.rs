@@ -1,10 +1,15 @@
 //! What answers have in common: errors in JSON, the headers that carry positions, a reader's preferences.
 
+use std::borrow::Cow;
 use std::time::Duration;
 
 use axum::Json;
+use axum::extract::{self, FromRequestParts};
+use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
+use percent_encoding::percent_decode_str;
+use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use crate::model::Position;
@@ -69,6 +74,35 @@ impl Failure {
     }
 }
 
+/// What stands in the path of a request. What cannot be read of it is a [`Failure`].
+pub(super) struct Path<T>(pub(super) T);
+
+impl<T: DeserializeOwned + Send, S: Send + Sync> FromRequestParts<S> for Path<T> {
+    type Rejection = Failure;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Path<T>, Failure> {
+        match extract::Path::from_request_parts(parts, state).await {
+            Ok(extract::Path(value)) => Ok(Path(value)),
+            Err(rejection) => {
+                let (path, why) = (parts.uri.path(), rejection.body_text());
+                Err(Failure::bad_request(format!("the path {path:?} cannot be read: {why}")))
+            }
+        }
+    }
+}
+
+/// The parameters of a URL's query, in their order. What is not UTF-8 is refused, and not guessed.
+pub(super) fn parameters(query: &str) -> Result<Vec<(String, String)>, Failure> {
+    let decode = |text: &str| {
+        let text = text.replace('+', " ");
+        let decoded = percent_decode_str(&text).decode_utf8().map(Cow::into_owned);
+        decoded.map_err(|_| Failure::bad_request(format!("{text:?} in the query is not UTF-8 when it is decoded")))
+    };
+    let pairs = query.split('&').filter(|pair| !pair.is_empty());
+    let pairs = pairs.map(|pair| pair.split_once('=').unwrap_or((pair, "")));
+    pairs.map(|(name, value)| Ok((decode(name)?, decode(value)?))).collect()
+}
+
 impl IntoResponse for Failure {
     fn into_response(self) -> Response {
         (self.status, *self.headers, Json(self.body)).into_response()
@@ -115,11 +149,6 @@ impl Preferences {
                     })?);
                 }
                 "count" if value == "exact" => preferences.count = true,
-                "count" => {
-                    return Err(Failure::bad_request(format!(
-                        "prefer: count={value} is not supported; there is count=exact"
-                    )));
-                }
                 _ => {}
             }
         }
@@ -160,8 +189,19 @@ mod tests {
         let expected = Preferences { wait: Some(Duration::from_millis(1500)), count: true };
         assert_eq!(read(&["return=minimal, Wait=1.5;x=y", "count=\"exact\""]).unwrap(), expected);
         assert_eq!(read(&[]).unwrap(), Preferences::default());
-        for bad in ["wait=soon", "wait=-1", "wait", "count=planned"] {
+        assert_eq!(read(&["count=planned"]).unwrap(), Preferences::default());
+        for bad in ["wait=soon", "wait=-1", "wait"] {
             assert_eq!(read(&[bad]).unwrap_err().status, StatusCode::BAD_REQUEST, "{bad}");
+        }
+    }
+
+    #[test]
+    fn parameters_are_utf8() {
+        let pairs = parameters("a=b+c&&d&e=%C3%a4%26=%2B&e=%zz").unwrap();
+        let pairs: Vec<_> = pairs.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+        assert_eq!(pairs, [("a", "b c"), ("d", ""), ("e", "ä&=+"), ("e", "%zz")]);
+        for bad in ["a=eq.%ff", "%C3=eq.1"] {
+            assert_eq!(parameters(bad).unwrap_err().status, StatusCode::BAD_REQUEST, "{bad}");
         }
     }
 

@@ -2,13 +2,13 @@
 
 use axum::Json;
 use axum::extract::rejection::{JsonRejection, QueryRejection};
-use axum::extract::{Path, Query, State};
+use axum::extract::{Query, State};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::App;
 use super::admin::failure;
-use super::answer::Failure;
+use super::answer::{Failure, Path};
 use crate::config::{Policy, limits};
 use crate::supervisor::{Outcome, PolicyStatus, Treatment};
 use crate::view::{self, DeadLetter, DeadLetters, LetterCounts, Selector};

@@ -7,6 +7,9 @@
 //!   the order of the key
 //! - `limit`, `offset`
 
+use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
+
+use crate::config::limits;
 use crate::manifest::{Column, ColumnType, ViewSchema};
 use crate::view::query::{Comparison, Filter, Literal, Order, Output, Select, Test};
 
@@ -14,7 +17,7 @@ use crate::view::query::{Comparison, Filter, Literal, Order, Output, Select, Tes
 const OPERATORS: &str = "eq, neq, gt, gte, lt, lte, like, ilike, in and is, each also after not.";
 
 /// Parts of PostgREST's dialect that are recognised in order to say that they are not there.
-const UNSUPPORTED: &[&str] = &["and", "or", "not.and", "not.or", "columns", "on_conflict"];
+const UNSUPPORTED: &[&str] = &["and", "not.and", "columns", "on_conflict"];
 
 /// Reads a URL's query. The error is a sentence that names the part and says what is possible.
 pub(super) fn parse(schema: &ViewSchema, parameters: &[(String, String)], max_rows: u64) -> Result<Select, String> {
@@ -25,8 +28,19 @@ pub(super) fn parse(schema: &ViewSchema, parameters: &[(String, String)], max_ro
             "order" => select.order = orders(schema, value)?,
             "limit" => select.limit = number(name, value)?.min(max_rows),
             "offset" => select.offset = number(name, value)?,
+            "or" | "not.or" => {
+                return Err(format!(
+                    "{name:?} is not supported; for one column there is in: a=in.(1,2); else ask for each"
+                ));
+            }
             name if UNSUPPORTED.contains(&name) => {
                 return Err(format!("{name:?} is not supported; repeat conditions to combine them: a=gt.1&b=lt.2"));
+            }
+            _ if select.filters.len() == limits::QUERY_FILTERS => {
+                return Err(format!(
+                    "there are more than {} conditions; use in.(...), or ask in parts",
+                    limits::QUERY_FILTERS
+                ));
             }
             name => select.filters.push(filter(schema, column(schema, name)?, value)?),
         }
@@ -45,8 +59,22 @@ fn column(schema: &ViewSchema, name: &str) -> Result<usize, String> {
     })
 }
 
+fn few(name: &str, value: &str) -> Result<(), String> {
+    match value.split(',').count() {
+        n if n > limits::QUERY_TERMS => Err(format!("{name} has {n} terms; the limit is {}", limits::QUERY_TERMS)),
+        _ => Ok(()),
+    }
+}
+
+/// A value as it can stand in a URL.
+fn in_url(value: &str) -> impl std::fmt::Display {
+    const KEPT: &AsciiSet = &CONTROLS.add(b' ').add(b'"').add(b'#').add(b'%').add(b'&').add(b'+').add(b'<').add(b'>');
+    utf8_percent_encode(value, KEPT)
+}
+
 fn outputs(schema: &ViewSchema, value: &str) -> Result<Vec<Output>, String> {
     let mut outputs: Vec<Output> = Vec::new();
+    few("select", value)?;
     for term in value.split(',').map(str::trim) {
         if term == "*" {
             outputs.extend(Select::all(schema, 0).columns);
@@ -68,6 +96,7 @@ fn outputs(schema: &ViewSchema, value: &str) -> Result<Vec<Output>, String> {
 
 fn orders(schema: &ViewSchema, value: &str) -> Result<Vec<Order>, String> {
     let mut orders = Vec::new();
+    few("order", value)?;
     for term in value.split(',').map(str::trim) {
         let mut words = term.split('.');
         let column = column(schema, words.next().unwrap_or_default())?;
@@ -98,15 +127,19 @@ fn filter(schema: &ViewSchema, index: usize, value: &str) -> Result<Filter, Stri
     };
     let Some((operator, operand)) = condition.split_once('.') else {
         return Err(format!(
-            "{0}={value} has no operator; write {0}=eq.{value}. The operators are {OPERATORS}",
-            column.name
+            "{0}={value} has no operator; write {0}=eq.{1}. The operators are {OPERATORS}",
+            column.name,
+            in_url(value)
         ));
     };
     Ok(Filter { column: index, negated, test: test(column, operator, operand)? })
 }
 
 fn test(column: &Column, operator: &str, operand: &str) -> Result<Test, String> {
-    let literal = |text: &str| Literal::parse(column, text).map_err(|e| e.to_string());
+    let literal = |text: &str| {
+        let text = if column.kind == ColumnType::Boolean { boolean(text).unwrap_or(text) } else { text };
+        Literal::parse(column, text).map_err(|e| e.to_string())
+    };
     let comparison = match operator {
         "eq" => Comparison::Equal,
         "neq" => Comparison::NotEqual,
@@ -116,12 +149,16 @@ fn test(column: &Column, operator: &str, operand: &str) -> Result<Test, String> 
         "lte" => Comparison::LessOrEqual,
         "in" => {
             let items = list(operand)
-                .ok_or_else(|| format!("{}=in.{operand} is not a list; write {0}=in.(a,b,\"c,d\")", column.name))?;
+                .ok_or_else(|| format!("{}=in.{operand} is not a list; write {0}=in.(a,b,%22c,d%22)", column.name))?;
             return items.iter().map(|item| literal(item)).collect::<Result<_, _>>().map(Test::In);
         }
         "like" | "ilike" => {
             if matches!(column.kind, ColumnType::Integer | ColumnType::Real | ColumnType::Boolean | ColumnType::Bytes) {
                 return Err(format!("column {:?} is {}; {operator} works on text", column.name, column.kind.name()));
+            }
+            if operand.len() > limits::PATTERN_BYTES {
+                let (length, limit) = (operand.len(), limits::PATTERN_BYTES);
+                return Err(format!("the pattern for {:?} has {length} bytes; the limit is {limit}", column.name));
             }
             return Ok(Test::Like { pattern: operand.to_owned(), ignore_case: operator == "ilike" });
         }
@@ -136,15 +173,29 @@ fn test(column: &Column, operator: &str, operand: &str) -> Result<Test, String> 
     literal(operand).map(|literal| Test::Compare(comparison, literal))
 }
 
+/// Postgres's spellings of a boolean: a word or what it begins with, as long as that says which.
+fn boolean(text: &str) -> Option<&'static str> {
+    let text = text.trim().to_ascii_lowercase();
+    let begins = |word: &str, least: usize| text.len() >= least && word.starts_with(&text);
+    match text.as_str() {
+        "1" | "on" => Some("true"),
+        "0" => Some("false"),
+        _ if begins("true", 1) || begins("yes", 1) => Some("true"),
+        _ if begins("false", 1) || begins("no", 1) || begins("off", 2) => Some("false"),
+        _ => None,
+    }
+}
+
 fn is(column: &Column, operand: &str) -> Result<Test, String> {
     match operand.to_ascii_lowercase().as_str() {
         "null" => Ok(Test::IsNull),
         "not_null" => Ok(Test::IsNotNull),
         word @ ("true" | "false") if column.kind == ColumnType::Boolean => Ok(Test::Is(word == "true")),
-        "true" | "false" => {
+        "unknown" if column.kind == ColumnType::Boolean => Ok(Test::IsNull),
+        "true" | "false" | "unknown" => {
             Err(format!("column {:?} is {}; is.{operand} works on boolean", column.name, column.kind.name()))
         }
-        _ => Err(format!("{}=is.{operand}: is works with null, not_null, true and false", column.name)),
+        _ => Err(format!("{}=is.{operand}: is works with null, not_null, true, false and unknown", column.name)),
     }
 }
 
@@ -237,10 +288,42 @@ mod tests {
             ("n=is.null", 1, false, Test::IsNull),
             ("n=not.is.not_null", 1, true, Test::IsNotNull),
             ("b=is.FALSE", 2, false, Test::Is(false)),
+            ("b=is.unknown", 2, false, Test::IsNull),
+            ("b=not.is.UNKNOWN", 2, true, Test::IsNull),
         ] {
             assert_eq!(check(query).unwrap().filters, [Filter { column, negated, test }], "{query}");
         }
         assert_eq!(check("n=gt.1&n=lt.5").unwrap().filters.len(), 2);
+    }
+
+    #[test]
+    fn booleans_as_postgres_takes_them() {
+        let test = |value: i64| Test::Compare(Equal, Literal::Integer(value));
+        for (words, value) in
+            [(["true", "TRUE", "t", "Yes", "y", "on", "1"], 1), (["false", "F", "fal", "no", "n", "OFF", "0"], 0)]
+        {
+            for word in words {
+                assert_eq!(check(&format!("b=eq.{word}")).unwrap().filters[0].test, test(value), "{word}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_sqlite_has_no_room_for_is_refused_with_the_limit() {
+        let conditions = |n: usize| vec!["n=not.eq.1"; n].join("&");
+        let order = |n: usize| format!("order={}", vec!["n"; n].join(","));
+        let select = |n: usize| format!("select={}", (0..n).map(|i| format!("a{i}:n")).collect::<Vec<_>>().join(","));
+        let pattern = |n: usize| format!("k=like.{}", "a".repeat(n));
+        for (query, limit) in [
+            (&conditions as &dyn Fn(usize) -> String, limits::QUERY_FILTERS),
+            (&order, limits::QUERY_TERMS),
+            (&select, limits::QUERY_TERMS),
+            (&pattern, limits::PATTERN_BYTES),
+        ] {
+            assert!(check(&query(limit)).is_ok());
+            let error = check(&query(limit + 1)).unwrap_err();
+            assert!(error.contains(&limit.to_string()), "{error}");
+        }
     }
 
     #[test]
@@ -274,13 +357,18 @@ mod tests {
             ("n=5", "write n=eq.5"),
             ("n=foo.5", "no operator \"foo\"; there are eq, neq"),
             ("n=eq.x", "column \"n\" is an integer; \"x\" is not"),
-            ("b=eq.1", "column \"b\" is a boolean; \"1\" is not"),
+            ("b=eq.2", "column \"b\" is a boolean; \"2\" is not"),
+            ("b=eq.o", "\"o\" is not"),
+            ("b=eq.", "\"\" is not"),
+            ("n=is.unknown", "is.unknown works on boolean"),
+            ("k=<\">", "write k=eq.%3C%22%3E"),
+            ("not.or=(a.eq.1)", "\"not.or\" is not supported; for one column"),
             ("t=eq.noon", "column \"t\" is a timestamp; \"noon\" is not"),
             ("j=eq.1", "column \"j\" is json"),
             ("n=like.1*", "column \"n\" is integer; like works on text"),
             ("n=is.true", "is.true works on boolean"),
             ("n=is.5", "is works with null"),
-            ("n=in.1,2", "write n=in.(a,b"),
+            ("n=in.1,2", "write n=in.(a,b,%22c,d%22)"),
             ("k=in.(\"a)", "not a list"),
             ("or=(a.eq.1)", "\"or\" is not supported"),
         ] {

@@ -1,7 +1,8 @@
 //! The HTTP interface: views, events in, status. The only module that names axum.
 //!
 //! `GET /` lists the routes. Errors are JSON, `{"error": code, "message": what to do}`, with nothing else in place of
-//! it: also for unknown routes, wrong methods, hosts that are not ours, bodies that are too large, and panics.
+//! it: also for unknown routes, wrong methods, hosts that are not ours, bodies that are too
+//! large, requests that are no HTTP, and panics.
 
 mod admin;
 mod answer;
@@ -10,6 +11,7 @@ mod dialect;
 mod events;
 mod guard;
 mod views;
+mod wire;
 
 use std::any::Any;
 use std::future::Future;
@@ -57,7 +59,7 @@ pub async fn serve(
         shutdown.await;
         stop.send_replace(true);
     };
-    axum::serve(listener, router(app)).with_graceful_shutdown(shutdown).await
+    axum::serve(wire::Listening(listener), router(app)).with_graceful_shutdown(shutdown).await
 }
 
 fn router(app: App) -> Router {

@@ -9,8 +9,7 @@ use std::io::Write as _;
 use std::time::Duration;
 
 use axum::Json;
-use axum::extract::rejection::QueryRejection;
-use axum::extract::{Path, Query, State};
+use axum::extract::{RawQuery, State};
 use axum::http::header::{CONTENT_RANGE, CONTENT_TYPE, RETRY_AFTER, VARY};
 use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
@@ -18,8 +17,8 @@ use serde_json::json;
 use tokio::time::Instant;
 
 use super::answer::{
-    COMPLETE_FROM, DAMAGED, Failure, GENERATION, PREFERENCE_APPLIED, Preferences, accepted, tell_position,
-    wanted_position,
+    COMPLETE_FROM, DAMAGED, Failure, GENERATION, PREFERENCE_APPLIED, Path, Preferences, accepted, parameters,
+    tell_position, wanted_position,
 };
 use super::{App, dialect};
 use crate::config::limits;
@@ -60,11 +59,10 @@ pub(super) async fn list(State(app): State<App>) -> Json<Vec<serde_json::Value>>
 pub(super) async fn read(
     State(app): State<App>,
     Path(name): Path<String>,
-    parameters: Result<Query<Vec<(String, String)>>, QueryRejection>,
+    RawQuery(query): RawQuery,
     headers: HeaderMap,
 ) -> Result<Response, Failure> {
-    let Query(parameters) =
-        parameters.map_err(|e| Failure::bad_request(format!("the query cannot be read: {}", e.body_text())))?;
+    let parameters = parameters(&query.unwrap_or_default())?;
     let format = Format::negotiate(&headers)?;
     let preferences = Preferences::read(&headers)?;
     let wanted = wanted_position(&headers)?;
