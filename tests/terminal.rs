@@ -113,7 +113,7 @@ fn a_table_that_is_drawn_is_cut_and_says_so() {
     let endless = "with recursive n(i) as (select 1 union all select i + 1 from n)";
     let rows = drawn("table", &format!("{endless} select i from n"));
     assert!(rows.contains("the table is cut after 1000 rows"), "{rows}");
-    let columns = vec!["hex(zeroblob(1000))"; 10].join(", ");
+    let columns = ["hex(zeroblob(1000))"; 10].join(", ");
     let wide = drawn("table", &format!("{endless} select {columns} from n"));
     assert!(wide.contains("the table is cut after 104 rows"));
     for format in ["table", "csv", "json"] {
