@@ -85,7 +85,7 @@ fn mistakes_are_named_with_what_would_be_right() {
 
 #[test]
 fn queries_at_the_limits_work_and_beyond_them_are_refused() {
-    use shadowbox::config::limits::{PATTERN_BYTES, QUERY_FILTERS, QUERY_TERMS};
+    use shadowbox::config::limits::{FILTERS, PATTERN_BYTES, QUERY_TERMS};
     let world = ledger();
     let conditions = |n: usize| vec!["amount=not.lt.40"; n].join("&");
     let lists = |n: usize| vec!["amount=in.(40)"; n].join("&");
@@ -97,8 +97,8 @@ fn queries_at_the_limits_work_and_beyond_them_are_refused() {
     let like = |n: usize| format!("amount=eq.40&account=not.like.{}", "[".repeat(n));
     let ilike = |n: usize| format!("amount=eq.40&account=not.ilike.{}", "%5c%25".repeat(n / 2) + &"a".repeat(n % 2));
     for (query, limit) in [
-        (&conditions as &dyn Fn(usize) -> String, QUERY_FILTERS),
-        (&lists, QUERY_FILTERS),
+        (&conditions as &dyn Fn(usize) -> String, FILTERS),
+        (&lists, FILTERS),
         (&order, QUERY_TERMS),
         (&select, QUERY_TERMS),
         (&like, PATTERN_BYTES),

@@ -36,10 +36,10 @@ pub(super) fn parse(schema: &ViewSchema, parameters: &[(String, String)], max_ro
             name if UNSUPPORTED.contains(&name) => {
                 return Err(format!("{name:?} is not supported; repeat conditions to combine them: a=gt.1&b=lt.2"));
             }
-            _ if select.filters.len() == limits::QUERY_FILTERS => {
+            _ if select.filters.len() == limits::FILTERS => {
                 return Err(format!(
                     "there are more than {} conditions; use in.(...), or ask in parts",
-                    limits::QUERY_FILTERS
+                    limits::FILTERS
                 ));
             }
             name => select.filters.push(filter(schema, column(schema, name)?, value)?),
@@ -315,7 +315,7 @@ mod tests {
         let select = |n: usize| format!("select={}", (0..n).map(|i| format!("a{i}:n")).collect::<Vec<_>>().join(","));
         let pattern = |n: usize| format!("k=like.{}", "a".repeat(n));
         for (query, limit) in [
-            (&conditions as &dyn Fn(usize) -> String, limits::QUERY_FILTERS),
+            (&conditions as &dyn Fn(usize) -> String, limits::FILTERS),
             (&order, limits::QUERY_TERMS),
             (&select, limits::QUERY_TERMS),
             (&pattern, limits::PATTERN_BYTES),
