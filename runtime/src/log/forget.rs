@@ -84,7 +84,7 @@ pub struct Effect {
 
 /// The events of one source and type that a forgetting is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Span {
+pub(super) struct Span {
     events: u64,
     first: u64,
     last: u64,
@@ -92,7 +92,7 @@ struct Span {
 
 /// By the numbers of source and type.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-struct Kinds(BTreeMap<(u32, u32), Span>);
+pub(super) struct Kinds(BTreeMap<(u32, u32), Span>);
 
 impl Kinds {
     fn add(&mut self, row: &Row<'_>) {
