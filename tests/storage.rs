@@ -165,6 +165,8 @@ fn a_plugin_that_takes_long_is_a_stall_that_says_so() {
     world.drop_module("ledger", &module("ledger"));
     world.append(&lines(0, 500));
     world.start();
+    // So that it is alone in its batch.
+    world.wait_live("hostile");
     world.append(&[event("left", "AsksForEver", "endless", 0, serde_json::json!({}))]);
     let status = world.wait_until("hostile", "the stall", |p| p["state"] == "stalled");
     assert!(error(&status).contains("a plugin call for the event at position 500"), "{status}");
@@ -404,9 +406,11 @@ fn views_of_a_module_for_another_contract_stay_readable() {
     world.drop_module("ledger", &patched(&module("ledger"), "0.1.0", "0.0.9"));
     world.start();
     assert_eq!(world.rows_at("ledger", "499").len(), 500);
-    let status = world.get("/status").json();
-    assert_eq!(status["projections"][0]["state"], "stopped");
-    assert_eq!(status["refused"][0]["file"], "ledger.wasm", "{status}");
+    let status = wait_for("the refusal", || {
+        let status = world.get("/status").json();
+        (status["refused"][0]["file"] == "ledger.wasm").then_some(status)
+    });
+    assert_eq!(status["projections"][0]["state"], "stopped", "{status}");
     // The module that was built again goes on from these rows.
     world.drop_module("ledger", &module("ledger"));
     world.append(&lines(500, 510));
